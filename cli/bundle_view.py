@@ -1,0 +1,66 @@
+"""A bundle as tables, lines and JSON: what `compile` and the stages print at their end, and `inspect` at any time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from corral.cli.formats import count, size
+from corral.cli.tables import Table, print_json, print_table
+from corral.spec.bundle import Bundle
+from corral.spec.manifest import Manifest
+
+# What to do with a bundle at a stage.
+NEXT = {
+    "exported": "corral quantize {path} -o OUT --weights int4",
+    "quantized": "corral lower {path} -o OUT",
+    "ready": 'corral run {path} "Once upon a time"',
+}
+NEXT_WITHOUT_TOKENIZER = "corral validate CHECKPOINT {path} --token-ids FILE"
+
+
+def coverage_table(manifest: Manifest) -> Table:
+    """How each kind of weight is stored."""
+    rows = [
+        (record.kind, record.stored, f"{record.matrices:,}", count(record.parameters), size(record.bytes))
+        for record in manifest.coverage
+    ]
+    parameters, stored = sum(r.parameters for r in manifest.coverage), sum(r.bytes for r in manifest.coverage)
+    total = ("total", "", f"{sum(r.matrices for r in manifest.coverage):,}", count(parameters), size(stored))
+    return Table(columns=("weights", "stored as", "matrices>", "parameters>", "size>"), rows=[*rows, total])
+
+
+def summary(bundle: Bundle) -> dict[str, Any]:
+    """The bundle's JSON: what it is, how it is stored, and how large."""
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.directory),
+        "stage": manifest.stage,
+        "bytes": manifest.bytes,
+        "recipe": manifest.recipe.to_json(),
+        "coverage": [dataclasses.asdict(record) for record in manifest.coverage],
+    }
+
+
+def next_command(bundle: Bundle) -> str:
+    """The command that a person with this bundle most likely wants next."""
+    manifest = bundle.manifest
+    without = manifest.stage == "ready" and manifest.tokenizer is None
+    return (NEXT_WITHOUT_TOKENIZER if without else NEXT[manifest.stage]).format(path=bundle.directory)
+
+
+def show_written(bundle: Bundle, *, as_json: bool) -> None:
+    """Say what was written, where, and what comes next."""
+    if as_json:
+        print_json(summary(bundle))
+        return
+    recipe = bundle.manifest.recipe
+    what = {
+        "exported": "graph and plan, no weights yet",
+        "quantized": f"graph and plan for {recipe.weights}, no weights yet",
+        "ready": f"{recipe.weights} for target {recipe.target}",
+    }[bundle.manifest.stage]
+    print_table(coverage_table(bundle.manifest))
+    click.echo(f"\n   {bundle.directory}: {size(bundle.bytes)}, {what}\n   next: {next_command(bundle)}")

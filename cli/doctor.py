@@ -1,0 +1,90 @@
+"""`corral doctor`: what this machine can do with corral, and what to install where it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from corral.cli.options import json_option
+
+if TYPE_CHECKING:
+    from corral.cli.machine import Machine
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """Check packages, CPU, memory and disk; exit code 3 where corral cannot run a bundle."""
+    from corral.cli.machine import compile_targets, look_around
+    from corral.cli.tables import print_json
+    from corral.spec.errors import EnvironmentProblem
+
+    machine = look_around()
+    advice = problems(machine)
+    if as_json:
+        print_json({**_facts(machine), "targets": compile_targets(machine), "problems": advice})
+    else:
+        _show(machine)
+        if not machine.can_compile and not advice:
+            click.echo('\n   To compile here, too: `pip install "corral[compile]"`.')
+    if advice:
+        raise EnvironmentProblem(" ".join(advice))
+
+
+def problems(machine: Machine) -> list[str]:
+    """What keeps bundles from running here, each with its remedy."""
+    found = [
+        f"{' and '.join(names)} are both installed and overwrite each other: run `pip uninstall {' '.join(names)}`, "
+        f"then `pip install {names[0]}`."
+        for names in machine.conflicts
+    ]
+    for package in machine.packages:
+        if package.needed_by == "corral" and not package.ok:
+            got = f"is {package.installed}" if package.installed else "is missing"
+            found.append(
+                f"{package.name} {got}, expected {package.least} or newer: "
+                f'run `pip install -U "{package.name}>={package.least}"`.'
+            )
+    return found
+
+
+def _facts(machine: Machine) -> dict[str, Any]:
+    facts = dataclasses.asdict(machine)
+    packages = [{**dataclasses.asdict(package), "ok": package.ok} for package in machine.packages]
+    return {**facts, "packages": packages}
+
+
+def _show(machine: Machine) -> None:
+    from corral.cli.formats import UNKNOWN, size
+    from corral.cli.machine import CPU_FEATURES, compile_targets
+    from corral.cli.tables import Table, print_table
+
+    total, free = machine.memory_bytes, machine.memory_free_bytes
+    features = "; ".join(f"{name} ({CPU_FEATURES[name]})" for name in machine.cpu_features)
+    lines = {
+        "python": f"{machine.python} on {machine.system}",
+        "cpu": f"{machine.cpu}, {machine.cores} usable core{'s' if machine.cores > 1 else ''}",
+        "features": features or "none that corral's kernels look for",
+        "memory": f"{size(free)} free of {size(total)}" if total and free else "unknown",
+        "disk": f"{size(machine.disk_free_bytes)} free here",
+    }
+    for key, value in lines.items():
+        click.echo(f"   {key:<10}{value}")
+    words = {True: "ok", False: "no"}
+    rows = [
+        (
+            package.name,
+            package.installed or UNKNOWN,
+            package.least,
+            words[package.ok],
+            "everything" if package.needed_by == "corral" else package.needed_by,
+        )
+        for package in machine.packages
+    ]
+    click.echo()
+    print_table(Table(columns=("package", "installed", "at least", "ok", "needed for"), rows=rows))
+    targets = [(name, words[can["compile"]], words[can["run"]]) for name, can in compile_targets(machine).items()]
+    click.echo()
+    print_table(Table(columns=("target", "compiles here", "runs here"), rows=targets))

@@ -1,0 +1,33 @@
+"""`corral lower`: the last stage of `compile` by itself, on a bundle at stage "quantized"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from corral.cli.options import RECIPE_HELP, json_option, out_option
+
+
+@click.command("lower")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@out_option
+@click.option("--target", help=f"{RECIPE_HELP['target']}  [default: as given to quantize]")
+@json_option
+def command(bundle: Path, out: Path, target: str | None, as_json: bool) -> None:
+    """Stage 3 of compile: bring a quantized BUNDLE to its target and compute its weights."""
+    import dataclasses
+
+    from corral.cli.bundle_view import show_written
+    from corral.cli.progress import show_progress
+    from corral.spec.manifest import read_manifest
+
+    recipe = read_manifest(bundle).recipe
+    with show_progress() as progress:
+        progress("load compiler", 0, 0, "")  # torch takes seconds
+        from corral.graphs.stages import lower_stage
+
+        written = lower_stage(
+            bundle, out, dataclasses.replace(recipe, target=target or recipe.target), progress=progress
+        )
+    show_written(written, as_json=as_json)

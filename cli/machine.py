@@ -1,0 +1,148 @@
+"""What this machine is and has, as data: packages against what corral asks for, CPU features, memory, disk."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from corral.runtime.cores import usable_cores
+from corral.runtime.requirements import ALTERNATIVES, release
+from corral.spec.target import TARGETS, Target
+
+# What the kernels behind a bundle can use: (how Linux calls it on x86 and Arm, what it is for).
+CPU_FEATURES = {
+    "avx2": "vector kernels on x86: the least that is fast",
+    "avx512f": "wider vectors",
+    "avx_vnni": "int8 dot products on 256-bit vectors",
+    "avx512_vnni": "int8 dot products on 512-bit vectors",
+    "amx_int8": "int8 matrix tiles",
+    "asimddp": "int8 dot products on Arm",
+    "i8mm": "int8 matrix products on Arm",
+}
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+?)\s*>=\s*(?P<least>[\w.]+)(?:.*extra\s*==\s*['\"](?P<extra>\w+)['\"])?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """One package that corral asks for. `needed_by` is "corral" or the extra that asks."""
+
+    name: str
+    installed: str | None
+    least: str
+    needed_by: str
+
+    @property
+    def ok(self) -> bool:
+        return self.installed is not None and release(self.installed) >= release(self.least)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A snapshot. Memory is what this process may use: a container's limit counts."""
+
+    python: str
+    system: str
+    cpu: str
+    cpu_features: tuple[str, ...]
+    cores: int
+    memory_bytes: int | None
+    memory_free_bytes: int | None
+    disk_free_bytes: int
+    packages: tuple[Package, ...]
+    conflicts: tuple[tuple[str, ...], ...]  # distributions that overwrite each other
+
+    def has(self, needed_by: str) -> bool:
+        """Whether all packages that `needed_by` ("corral", "compile") asks for are there and new enough."""
+        return all(package.ok for package in self.packages if package.needed_by == needed_by)
+
+    def can_run(self, target: Target) -> bool:
+        versions = {package.name: package.installed for package in self.packages}
+        enough = all((found := versions.get(n)) and release(found) >= release(v) for n, v in target.requires)
+        return enough and self.has("corral") and not self.conflicts
+
+    @property
+    def can_compile(self) -> bool:
+        return self.has("corral") and self.has("compile") and not self.conflicts
+
+
+def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
+    """Take the snapshot; `root` is where /proc and /sys lie, `here` whose disk counts."""
+    info = _read(root / "proc/cpuinfo")
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.M)
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
+    memory = {
+        key: int(value) * 1024 for key, value in re.findall(r"^(\w+):\s*(\d+) kB", _read(root / "proc/meminfo"), re.M)
+    }
+    limit = _read(root / "sys/fs/cgroup/memory.max").strip()
+    limits = [int(limit)] if limit.isdigit() else []
+    found = set(flags[1].split()) if flags else set()
+    return Machine(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=model[1] if model else platform.processor() or platform.machine(),
+        cpu_features=tuple(feature for feature in CPU_FEATURES if feature in found),
+        cores=usable_cores(root / "sys"),
+        memory_bytes=min([memory["MemTotal"], *limits]) if "MemTotal" in memory else None,
+        memory_free_bytes=min([memory["MemAvailable"], *limits]) if "MemAvailable" in memory else None,
+        disk_free_bytes=shutil.disk_usage(here).free,
+        packages=_packages(),
+        conflicts=_conflicts({name for name in _installed() if name}),
+    )
+
+
+def compile_targets(machine: Machine) -> dict[str, Mapping[str, bool]]:
+    """Target -> whether it can be compiled here, and whether its bundles run here."""
+    return {name: {"compile": machine.can_compile, "run": machine.can_run(t)} for name, t in TARGETS.items()}
+
+
+def _packages() -> tuple[Package, ...]:
+    """What corral's own metadata asks for: the minimums stand in pyproject.toml alone."""
+    try:
+        lines = metadata.requires("corral") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    packages = []
+    for line in lines:
+        match = REQUIREMENT.match(line)
+        if match and match["extra"] in (None, "compile"):
+            packages.append(
+                Package(
+                    name=match["name"],
+                    installed=_version(match["name"]),
+                    least=match["least"],
+                    needed_by=match["extra"] or "corral",
+                )
+            )
+    return tuple(packages)
+
+
+def _version(name: str) -> str | None:
+    names = ALTERNATIVES.get(name, (name,))
+    for candidate in names:
+        try:
+            return metadata.version(candidate)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _installed() -> set[str]:
+    return {distribution.name.lower() for distribution in metadata.distributions() if distribution.name}
+
+
+def _conflicts(installed: set[str]) -> tuple[tuple[str, ...], ...]:
+    """Distributions installed side by side that provide the same module."""
+    both = (tuple(name for name in names if name in installed) for names in ALTERNATIVES.values())
+    return tuple(names for names in both if len(names) > 1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,86 @@
+"""Options that several commands share: spelled, explained and defaulted once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES
+from corral.spec.recipe import METHODS, Recipe, read_recipe
+from corral.spec.target import TARGETS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
+out_option = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+provider_option = click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime execution provider.")
+threads_option = click.option("--threads", type=int, help="CPU threads.  [default: one a physical core]")
+
+# What the recipe's keys mean; a test holds it complete.
+RECIPE_HELP = {
+    "target": f"Where it will run: {', '.join(TARGETS)}.",
+    "weights": f"How weight matrices are stored: {', '.join(SCHEMES)}.",
+    "method": f"How they are quantized: {', '.join(METHODS)}.",
+    "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
+}
+
+
+def recipe_options(command: F) -> F:
+    """`--recipe FILE`, and an option for each key of a recipe; `chosen_recipe` reads them."""
+    for field in reversed(dataclasses.fields(Recipe)):
+        command = click.option(
+            f"--{field.name.replace('_', '-')}",
+            field.name,
+            # Not click.Choice: a wrong value gets the answer that it gets in Python and in a recipe file.
+            type=type(field.default),
+            help=f"{RECIPE_HELP[field.name]}  [default: {field.default}]",
+        )(command)
+    return click.option(
+        "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with these options as keys."
+    )(command)
+
+
+def chosen_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
+    """The recipe that options and file amount to; an option beats the file."""
+    if recipe_file is not None:
+        return read_recipe(recipe_file, **options)
+    return Recipe.from_json({key: value for key, value in options.items() if value is not None}, where="options")
+
+
+def sampling_options(*, temperature: float) -> Callable[[F], F]:
+    """The options of SamplingParams that a person wants at a prompt; `chosen_sampling` reads them."""
+    options = (
+        click.option("--max-tokens", type=int, default=128, show_default=True, help="Stop after as many tokens."),
+        click.option(
+            "--temperature",
+            type=float,
+            default=temperature,
+            show_default=True,
+            help="Randomness; 0 takes the likeliest.",
+        ),
+        click.option("--top-k", type=int, help="Choose among the K likeliest tokens."),
+        click.option("--top-p", type=float, help="Choose among the likeliest tokens that make up P."),
+        click.option("--min-p", type=float, help="Choose among tokens at least P as likely as the likeliest."),
+        click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens that were there before."),
+        click.option("--seed", type=int, help="Same seed, same text."),
+        click.option("--stop", multiple=True, help="End before this text (may be given several times)."),
+        click.option("--ignore-eos", is_flag=True, default=None, help="Go on after an end token."),
+    )
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def chosen_sampling(options: dict[str, Any]) -> Any:
+    """SamplingParams of the options given; what was not given keeps its default there."""
+    from corral.runtime import SamplingParams
+
+    return SamplingParams(**{key: value for key, value in options.items() if value is not None})

@@ -1,0 +1,75 @@
+"""`Progress` on stderr: a live bar on a terminal; elsewhere a plain line every two seconds, and none for quick work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from corral.cli.formats import count, size
+from corral.spec.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+EVERY = 2.0  # seconds
+# How an amount of a unit reads; any other unit is a count with the unit behind.
+UNITS: dict[str, Callable[[float], str]] = {"bytes": size, "parameters": lambda n: f"{count(n)} parameters"}
+
+
+def amount(done: float, total: float, unit: str) -> str:
+    """How far work is: "61.0 GB of 120.0 GB", "412 of 768 jobs"; "" where nobody knows."""
+    if not total:
+        return ""
+    if unit in UNITS:
+        return f"{UNITS[unit](done)} of {UNITS[unit](total)}"
+    return f"{done:,.0f} of {total:,.0f} {unit}"
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Yield a Progress that shows on stderr; a bar is gone afterwards, and results stay alone on the screen."""
+    if not sys.stderr.isatty():
+        yield plain_progress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("  {task.description:<12}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with RichProgress(*columns, console=Console(file=sys.stderr), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: float, total: float, unit: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total or None, amount="")
+            bars.update(tasks[what], completed=done, total=total or None, amount=amount(done, total, unit))
+
+        yield report
+
+
+def plain_progress(
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    write: Callable[[str], None] = lambda line: click.echo(line, err=True),
+) -> Progress:
+    """A Progress of whole lines, for logs and pipes."""
+    last = clock()
+
+    def report(what: str, done: float, total: float, unit: str) -> None:
+        nonlocal last
+        now = clock()
+        if now - last >= EVERY:
+            last = now
+            write(f"{what} {amount(done, total, unit)}".rstrip())
+
+    return report

@@ -1,0 +1,68 @@
+"""A comparison as a table: size, cost in accuracy and gain in speed, each measured number with its spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import click
+
+from corral.cli.formats import DASH, TIMES, UNKNOWN, percent, seconds_range, size, with_error
+from corral.cli.tables import Table, print_table
+
+if TYPE_CHECKING:
+    from corral.validate.latency import Latency
+    from corral.validate.report import Report
+
+COLUMNS = ("build", "size>", "KL, nats>", "same top-1>", "perplexity>", "tokens/s>", "first token>")
+
+
+def report_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
+    """One row a build, the reference first; `names` replaces what builds are called."""
+    called, reference = names or {}, report.reference
+    first = (
+        called.get(reference.name, reference.name) + (" (PyTorch)" if reference.kind == "checkpoint" else ""),
+        size(reference.bytes),
+        UNKNOWN,
+        UNKNOWN,
+        with_error(reference.perplexity.mean, reference.perplexity.stderr, decimals=2),
+        *_speed(reference.latency),
+    )
+    rows = [
+        (
+            called.get(candidate.name, candidate.name),
+            size(candidate.bytes),
+            with_error(candidate.accuracy.kl.mean, candidate.accuracy.kl.stderr, decimals=4),
+            percent(candidate.accuracy.top1_agreement.mean, candidate.accuracy.top1_agreement.stderr),
+            TIMES
+            + with_error(
+                candidate.accuracy.perplexity_ratio.mean, candidate.accuracy.perplexity_ratio.stderr, decimals=3
+            ),
+            *_speed(candidate.latency),
+        )
+        for candidate in report.candidates
+    ]
+    return Table(columns=COLUMNS, rows=[first, *rows])
+
+
+def show_report(report: Report, names: Mapping[str, str] | None = None) -> None:
+    """Print the table, and under it how it was measured."""
+    measured = report.measured
+    print_table(report_table(report, names))
+    click.echo(
+        f"\n   {measured.predictions:,} predictions in {measured.windows} windows of {measured.window} tokens; ± is one "
+        "standard error, by windows.\n"
+        f"   Speed: median (lowest{DASH}highest) of {measured.repeats} runs, {measured.prompt_tokens} tokens in, "
+        f"{measured.decode_tokens} out, batch 1, {measured.provider}, "
+        f"{measured.threads} thread{'s' if measured.threads > 1 else ''}."
+    )
+
+
+def _speed(latency: Latency | None) -> tuple[str, str]:
+    if latency is None:
+        return UNKNOWN, UNKNOWN
+    speed, first = latency.tokens_per_second, latency.time_to_first_token
+    return (
+        f"{speed.median:.0f} ({speed.min:.0f}{DASH}{speed.max:.0f})",
+        seconds_range(first.median, first.min, first.max),
+    )

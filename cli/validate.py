@@ -1,0 +1,77 @@
+"""`corral validate`: what builds lost against a reference, and how fast they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from corral.cli.options import json_option, provider_option, threads_option
+from corral.spec.errors import InputError
+
+path_type = click.Path(path_type=Path)
+
+
+@click.command("validate")
+@click.argument("reference", type=path_type)
+@click.argument("candidates", type=path_type, nargs=-1, required=True, metavar="CANDIDATE...")
+@click.option(
+    "--text", "texts", type=path_type, multiple=True, help="UTF-8 text to measure on (may be given several times)."
+)
+@click.option("--token-ids", type=path_type, help="Token ids instead of a text: .npy, or a JSON list.")
+@click.option("--tokens", type=int, default=20_000, show_default=True, help="Score at most as many predictions.")
+@click.option(
+    "--window", type=int, default=512, show_default=True, help="Tokens a window; each starts without context."
+)
+@click.option("--repeats", type=int, default=5, show_default=True, help="Timed runs a build.")
+@click.option("--max-kl", type=float, help="Gate: mean KL divergence, nats a token.")
+@click.option("--min-top1", type=float, help="Gate: share of tokens with the same top-1, 0 to 1.")
+@click.option("--max-perplexity-ratio", type=float, help="Gate: perplexity over the reference's.")
+@provider_option
+@threads_option
+@json_option
+def command(
+    reference: Path,
+    candidates: tuple[Path, ...],
+    texts: tuple[Path, ...],
+    token_ids: Path | None,
+    tokens: int,
+    window: int,
+    repeats: int,
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+    **gates: float | None,
+) -> None:
+    """Compare CANDIDATE bundles with a REFERENCE: a checkpoint (run in PyTorch) or a bundle.
+
+    A broken gate ends with exit code 1.
+    """
+    if bool(texts) == (token_ids is not None):
+        got = "both" if texts else "neither"
+        raise InputError(f"expected --text FILE or --token-ids FILE, got {got}. Give one of them.")
+    from corral.cli.progress import show_progress
+    from corral.cli.report_view import show_report
+    from corral.cli.tables import print_json
+    from corral.validate import compare
+    from corral.validate.gates import check_gates
+    from corral.validate.windows import read_text, read_token_ids
+
+    with show_progress() as progress:
+        report = compare(
+            reference,
+            candidates,
+            [read_text(text) for text in texts],
+            token_ids=read_token_ids(token_ids) if token_ids else None,
+            predictions=tokens,
+            window=window,
+            repeats=repeats,
+            provider=provider,
+            threads=threads,
+            progress=progress,
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show_report(report)
+    check_gates(report, gates)

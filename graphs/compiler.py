@@ -1,0 +1,37 @@
+"""Checkpoint -> bundle. This file is the summary of corral: open, export, pass by pass to the target, execute, write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from corral.exporter.export import export
+from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.pipeline import phases, run_phase
+from corral.graphs.write_bundle import write_bundle
+from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.open import open_checkpoint
+from corral.spec.bundle import Bundle
+from corral.spec.progress import Progress, silent
+from corral.spec.recipe import Recipe
+
+
+def compile(
+    checkpoint: str | Path, out: str | Path, recipe: Recipe, *, fresh: bool = False, progress: Progress = silent
+) -> Bundle:
+    """Compile a checkpoint directory into a bundle at `out`; `fresh` replaces a bundle that is there.
+
+    Raises InputError for a bad checkpoint, recipe or output directory, EnvironmentProblem where the disk is too small.
+    """
+    source = open_checkpoint(Path(checkpoint))
+    return write_bundle(lower(source, recipe, progress=progress), source, Path(out), fresh=fresh, progress=progress)
+
+
+def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
+    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read."""
+    progress("graph", 0, 1, "graphs")
+    model, plan = export(checkpoint)
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe)
+    for phase in phases(recipe.target):
+        run_phase(phase, work)
+    progress("graph", 1, 1, "graphs")
+    return work

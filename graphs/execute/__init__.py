@@ -1,0 +1,1 @@
+"""Executing a weight plan: steps, jobs, shards."""

@@ -1,0 +1,39 @@
+"""The functions that plan entries name: pure, from numpy arrays to numpy arrays. A table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
+from corral.graphs.quantize.rtn import rtn
+
+NUMPY_TYPE: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+
+
+def rows(array: NDArray[np.generic], *, dtype: str) -> NDArray[np.generic]:
+    """Store as it is, in `dtype`."""
+    return array.astype(NUMPY_TYPE[dtype], copy=False)
+
+
+def columns(array: NDArray[np.generic], *, dtype: str) -> NDArray[np.generic]:
+    """Store transposed, in `dtype`: [outputs, inputs] -> [inputs, outputs]."""
+    return np.ascontiguousarray(array.T, dtype=NUMPY_TYPE[dtype])
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "rows": rows,
+    "columns": columns,
+    "rtn": rtn,
+    "pack_rows": pack_rows,
+    "pack_columns": pack_columns,
+    "interleave_halves": interleave_halves,
+}

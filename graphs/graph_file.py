@@ -1,0 +1,41 @@
+"""A lowered graph and its plan -> the bytes of an ONNX file whose weights lie in shards beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from corral.exporter.planned_tensor import ONNX_TYPE
+from corral.graphs.execute.shards import shard_name
+from corral.graphs.model_and_plan import ModelAndPlan
+from corral.spec.weight_plan import Placement
+
+
+def graph_bytes(work: ModelAndPlan, placements: Mapping[str, Placement]) -> bytes:
+    """Serialize the graph with planned weights as external data at their placements. The same input, the same bytes."""
+    planned = {}
+    for name, initializer in work.graph.initializers.items():
+        entry = work.plan.entries.get(name)
+        if entry is None:
+            continue
+        planned[name] = initializer.const_value
+        place = placements[name]
+        initializer.const_value = ir.ExternalTensor(
+            shard_name(place.shard),
+            place.offset,
+            place.nbytes,
+            ONNX_TYPE[entry.dtype],
+            shape=ir.Shape(entry.shape),
+            name=name,
+            base_dir="",
+        )
+    try:
+        proto = ir.to_proto(work.model)
+        order = {name: i for i, name in enumerate(work.plan.entries)}
+        proto.graph.initializer.sort(key=lambda tensor: (order.get(tensor.name, len(order)), tensor.name))
+        del proto.graph.value_info[:]  # inferred again wherever the graph is read
+        return proto.SerializeToString(deterministic=True)
+    finally:
+        for name, tensor in planned.items():
+            work.graph.initializers[name].const_value = tensor

@@ -1,0 +1,1 @@
+"""Lowering per target: what replaces a `corral` node there."""

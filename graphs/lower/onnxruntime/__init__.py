@@ -1,0 +1,1 @@
+"""ONNX Runtime kernels; one operator a file."""

@@ -1,0 +1,56 @@
+"""The whole lowering as one literal list, in phases. Read it aloud: that is what corral does to a graph."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from corral.graphs.lower.onnxruntime.attention import lower_attention
+from corral.graphs.lower.onnxruntime.matmul import lower_matmul
+from corral.graphs.lower.onnxruntime.moe import lower_moe
+from corral.graphs.model_and_plan import ModelAndPlan, Pass
+from corral.graphs.passes.clean_up import clean_up
+from corral.graphs.passes.fold_weight_transposes import fold_weight_transposes
+from corral.graphs.passes.fuse_rms_norm_weight import fuse_rms_norm_weight
+from corral.graphs.passes.name_nodes import name_nodes
+from corral.graphs.quantize.quantize import quantize_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Passes that belong together; a pass of phase "lower" is run for its target only."""
+
+    name: str
+    passes: tuple[Pass, ...]
+
+
+SIMPLIFY = Phase("simplify", (clean_up, fold_weight_transposes, fuse_rms_norm_weight, clean_up))
+QUANTIZE = Phase("quantize", (quantize_weights,))
+LOWER: dict[str, Phase] = {
+    "portable": Phase(
+        "lower", (clean_up, name_nodes)
+    ),  # the fallback bodies and DequantizeLinear are standard ONNX already
+    "cpu": Phase("lower", (lower_attention, lower_moe, lower_matmul, clean_up, name_nodes)),
+}
+
+
+def phases(target: str) -> tuple[Phase, ...]:
+    """All phases for a target, in order."""
+    return (SIMPLIFY, QUANTIZE, LOWER[target])
+
+
+def run_phase(phase: Phase, work: ModelAndPlan) -> bool:
+    """Run a phase's passes; returns whether any changed the graph. An error names the pass and those before it."""
+    changed = False
+    for i, run in enumerate(phase.passes):
+        try:
+            did = run(work)
+        except AssertionError as error:
+            before = ", ".join(p.__name__ for p in phase.passes[:i]) or "none"
+            error.add_note(f"in pass {run.__name__} of phase {phase.name} (passes before it: {before})")
+            raise
+        log.info("%s: %s %s", phase.name, run.__name__, "changed the graph" if did else "changed nothing")
+        changed |= did
+    return changed

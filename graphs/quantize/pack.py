@@ -1,0 +1,41 @@
+"""Storage layouts of codes: two 4-bit codes a byte, the first in the low nibble."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[..., 2n] values of 0 … 15 -> [..., n] bytes."""
+    return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+
+
+def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Inverse of `pack_nibbles`."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
+    codes[..., 0::2] = packed & 15
+    codes[..., 1::2] = packed >> 4
+    return codes
+
+
+def pack_rows(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.uint8]:
+    """Unsigned codes [outputs, inputs], packed along the inputs: ONNX Runtime's MatMulNBits and QMoE."""
+    return pack_nibbles(codes) if bits == 4 else codes
+
+
+def pack_columns(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:
+    """Signed codes [inputs, outputs], as ONNX stores INT4 and INT8: two's complement, packed along the last axis."""
+    zero_point = np.uint8(1 << (bits - 1))
+    transposed = np.ascontiguousarray(codes.T)
+    if bits == 4:
+        return pack_nibbles((transposed ^ zero_point) & np.uint8(15))  # code - 8 in 4-bit two's complement
+    return (transposed ^ zero_point).view(np.int8)
+
+
+def interleave_halves(matrix: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Rows [gate; up] -> gate row, up row, gate row, …: how ONNX Runtime's fused SwiGLU wants them."""
+    half = len(matrix) // 2
+    out = np.empty_like(matrix)
+    out[0::2], out[1::2] = matrix[:half], matrix[half:]
+    return out

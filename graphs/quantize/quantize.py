@@ -1,0 +1,63 @@
+"""The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
+
+Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from corral.exporter.capture import SCOPE
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.quantize.kinds import kind_of
+from corral.spec.errors import InputError
+from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
+from corral.spec.weight_plan import Entry, step
+
+
+def quantize_weights(work: ModelAndPlan) -> bool:
+    """Quantize every matrix of a quantized kind. Raises InputError where the group size does not divide its inputs."""
+    scheme = scheme_named(work.recipe.weights)
+    if scheme.bits is None:
+        return False
+    for entry in list(work.plan):
+        if kind_of(entry.weight).quantized:
+            _quantize(work, entry, scheme.bits, scheme.dtype)
+    return True
+
+
+def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
+    if entry.steps[-1].name != "columns":
+        raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
+    group, inputs = work.recipe.group_size, entry.shape[-2]
+    if inputs % group:
+        fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
+        remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
+        raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
+    rtn = {"bits": bits, "group_size": group}
+    codes = dataclasses.replace(
+        entry.with_layout(step("rtn", output="codes", **rtn), step("pack_columns", bits=bits)),
+        name=f"{entry.name}.codes",
+        dtype=dtype,
+        cut_multiple=group,
+    )
+    scales = dataclasses.replace(
+        entry.with_layout(step("rtn", output="scales", **rtn), step("columns", dtype="float32")),
+        name=f"{entry.name}.scales",
+        shape=(*entry.shape[:-2], inputs // group, entry.shape[-1]),
+        parameters=0,
+        cut_multiple=group,
+    )
+    weight = work.graph.initializers[entry.name]
+    users = [use.node for use in weight.uses()]
+    values = work.replace_weight(entry, codes, scales)
+    dequantize = ir.node(
+        "DequantizeLinear",
+        values,
+        {"axis": len(entry.shape) - 2, "block_size": group},
+        metadata_props={SCOPE: entry.name},
+    )
+    work.graph.insert_before(users[0], dequantize)
+    weight.replace_all_uses_with(dequantize.outputs[0])

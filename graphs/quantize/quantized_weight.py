@@ -1,0 +1,39 @@
+"""A quantized weight as lowerings find it in the graph: DequantizeLinear over two planned initializers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from corral.graphs.model_and_plan import ModelAndPlan
+from corral.spec.weight_plan import Entry
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes and scales of one weight, [..., inputs, outputs] and [..., inputs / group_size, outputs]."""
+
+    codes: Entry
+    scales: Entry
+    bits: int
+    group_size: int
+    dequantize: ir.Node
+
+    def store(self, work: ModelAndPlan, codes: Entry, scales: Entry) -> list[ir.Value]:
+        """Replace both entries by another layout of theirs, in plan and graph; the DequantizeLinear is left unused."""
+        for i in range(2):
+            self.dequantize.replace_input_with(i, None)
+        return [*work.replace_weight(self.codes, codes), *work.replace_weight(self.scales, scales)]
+
+
+def find_quantized(work: ModelAndPlan, value: ir.Value | None) -> QuantizedWeight | None:
+    """The quantized weight behind a value, or None where it is not one."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    codes, scales = work.entry_of(node.inputs[0]), work.entry_of(node.inputs[1])
+    if codes is None or scales is None:
+        return None
+    quantizer = dict(codes.steps[0].args)
+    return QuantizedWeight(codes, scales, int(quantizer["bits"]), int(quantizer["group_size"]), node)

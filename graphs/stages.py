@@ -1,0 +1,68 @@
+"""The compile's stages by themselves: each reads and writes a bundle directory; only the last one reads the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+
+from corral.exporter.bind_weights import EMBEDDING_ENTRY
+from corral.exporter.export import export
+from corral.exporter.planned_tensor import replace_initializer
+from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.pipeline import LOWER, QUANTIZE, SIMPLIFY, run_phase
+from corral.graphs.write_bundle import PLAN_FILE, write_bundle
+from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.open import open_checkpoint
+from corral.spec.bundle import Bundle, open_bundle
+from corral.spec.errors import InputError
+from corral.spec.manifest import Stage
+from corral.spec.progress import Progress, silent
+from corral.spec.recipe import Recipe
+from corral.spec.weight_plan import WeightPlan
+
+UNQUANTIZED = Recipe(target="portable", weights="fp32")
+
+
+def export_stage(checkpoint: str | Path, out: str | Path, *, progress: Progress = silent) -> Bundle:
+    """Capture a checkpoint's graph, simplified, and plan its weights."""
+    source = open_checkpoint(Path(checkpoint))
+    model, plan = export(source)
+    work = ModelAndPlan(model, plan, source.config, UNQUANTIZED)
+    run_phase(SIMPLIFY, work)
+    return write_bundle(work, source, Path(out), stage="exported", progress=progress)
+
+
+def quantize_stage(bundle: str | Path, out: str | Path, recipe: Recipe, *, progress: Progress = silent) -> Bundle:
+    """Decide how each weight of an exported bundle is quantized."""
+    work, source = _open_stage(Path(bundle), "exported", recipe)
+    run_phase(QUANTIZE, work)
+    return write_bundle(work, source, Path(out), stage="quantized", progress=progress)
+
+
+def lower_stage(bundle: str | Path, out: str | Path, recipe: Recipe, *, progress: Progress = silent) -> Bundle:
+    """Lower a quantized bundle to the recipe's target, compute its weights and write the finished bundle."""
+    work, source = _open_stage(Path(bundle), "quantized", recipe)
+    run_phase(LOWER[recipe.target], work)
+    return write_bundle(work, source, Path(out), progress=progress)
+
+
+def _open_stage(directory: Path, stage: Stage, recipe: Recipe) -> tuple[ModelAndPlan, Checkpoint]:
+    bundle = open_bundle(directory)
+    manifest = bundle.manifest
+    if manifest.stage != stage:
+        makes = {"exported": "export", "quantized": "quantize"}[stage]
+        raise InputError(
+            f'{directory} is at stage "{manifest.stage}", expected "{stage}". Make one with `corral {makes}`.'
+        )
+    checkpoint = open_checkpoint(Path(manifest.source["checkpoint"]))
+    plan = WeightPlan.from_json(json.loads(bundle.path(PLAN_FILE).read_text(encoding="utf-8")))
+    model = ir.load(bundle.path(manifest.graphs[0].path))
+    for entry in plan:
+        if entry.name != EMBEDDING_ENTRY:
+            replace_initializer(model.graph, model.graph.initializers[entry.name], entry)
+    if stage == "quantized":  # its weights are decided; only the target is open
+        recipe = dataclasses.replace(manifest.recipe, target=recipe.target)
+    return ModelAndPlan(model, plan, checkpoint.config, recipe), checkpoint

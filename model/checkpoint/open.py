@@ -1,0 +1,131 @@
+"""Open a checkpoint directory: decide its format, and hold every tensor's name, shape and dtype against the config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.json_file import read_json
+from corral.model.checkpoint.names import EMBEDDING, HEAD, detect_form, expected_parameters, is_dropped
+from corral.model.checkpoint.safetensors import can_open_safetensors, open_safetensors
+from corral.model.checkpoint.store import TensorStore, listed
+from corral.spec.errors import InputError
+from corral.spec.model_config import ModelConfig, read_config
+
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store weights in a directory."""
+
+    name: str
+    can_open: Callable[[Path], bool]
+    open: Callable[[Path], TensorStore]
+
+
+FORMATS = (Format("safetensors", can_open_safetensors, open_safetensors),)
+# What else people have, told apart so that the error can say so. Pickles run code when read: none is, ever.
+REFUSED_FILES = {"*.bin": "PyTorch pickles", "*.pt": "PyTorch pickles", "*.pth": "PyTorch pickles", "*.gguf": "GGUF"}
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open and check a checkpoint directory, reading headers only.
+
+    Raises InputError where it is missing, malformed, quantized, of another architecture, or where tensors are unknown,
+    missing, or of the wrong shape or dtype (all of these in one error).
+    """
+    directory = Path(path)
+    _check_directory(directory)
+    config = read_config(directory / "config.json")
+    _refuse_quantized(directory / "config.json")
+    store = _open_store(directory)
+    form = detect_form(store.tensors, config)
+    names = {name: form.source(name) for name in expected_parameters(config)}
+    dropped = {name for name in store.tensors if is_dropped(name)}
+    if config.tie_word_embeddings and form.head in store.tensors:
+        _check_tied(store, form.source(EMBEDDING), form.source(HEAD))
+        dropped.add(form.head)
+    _check_tensors(directory, config, store, names, dropped)
+    return Checkpoint(
+        directory=directory,
+        config=config,
+        store=store,
+        names=names,
+        dropped=tuple(n for n in store.tensors if n in dropped),
+    )
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.exists():
+        raise InputError(f"{directory} does not exist; expected a checkpoint directory with config.json and weights.")
+    if not directory.is_dir():
+        raise InputError(
+            f"{directory} is a file; expected the checkpoint directory that holds config.json and weights."
+        )
+
+
+def _refuse_quantized(path: Path) -> None:
+    config = read_json(path)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if quantization := part.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise InputError(
+                f"{path} says that the weights are already quantized ({method or str(quantization)[:80]}); expected "
+                "bf16, fp16 or fp32 weights. Give corral the original checkpoint."
+            )
+
+
+def _open_store(directory: Path) -> TensorStore:
+    for form in FORMATS:
+        if form.can_open(directory):
+            return form.open(directory)
+    others = [f"{kind} ({pattern})" for pattern, kind in REFUSED_FILES.items() if any(directory.glob(pattern))]
+    instead = f"it holds {' and '.join(others)}, which corral does not read" if others else "it holds no weights at all"
+    raise InputError(
+        f"{directory} has no *.safetensors file: {instead}. Download the safetensors version of the model."
+    )
+
+
+def _check_tensors(
+    directory: Path, config: ModelConfig, store: TensorStore, names: dict[str, str], dropped: set[str]
+) -> None:
+    """Every parameter is there, of the right shape and a dtype we read, and nothing else: or one error says it all."""
+    shapes = {names[name]: shape for name, shape in expected_parameters(config).items()}
+    missing = [name for name in shapes if name not in store.tensors]
+    unknown = [name for name in store.tensors if name not in shapes and name not in dropped]
+    present = [store.tensors[name] for name in shapes if name in store.tensors]
+    wrong_shape = [f"{t.name} {list(t.shape)} not {list(shapes[t.name])}" for t in present if t.shape != shapes[t.name]]
+    wrong_dtype = [f"{t.name} {t.dtype}" for t in present if t.dtype not in WEIGHT_DTYPES]
+    complaints = {
+        "missing": missing,
+        "unknown": unknown,
+        "of another shape than config.json says": wrong_shape,
+        f"of another dtype than {', '.join(WEIGHT_DTYPES)}": wrong_dtype,
+    }
+    found = [f"{len(names)} {what}: {listed(names)}" for what, names in complaints.items() if names]
+    if found:
+        raise InputError(
+            f"{directory}: the tensors are not those that config.json describes; {'; '.join(found)}. Either the "
+            "checkpoint is incomplete or damaged (download it again) or it is not a plain Llama 4."
+        )
+
+
+def _check_tied(store: TensorStore, embedding: str, head: str) -> None:
+    """A head stored beside tied embeddings must say the same; which of two different ones is meant cannot be known."""
+    a, b = store.tensors.get(embedding), store.tensors[head]
+    rows = 4096
+    if a is not None and (a.shape, a.dtype) == (b.shape, b.dtype):
+        blocks = [(slice(start, start + rows),) for start in range(0, a.shape[0], rows)]
+        if all(torch.equal(store.read_slice(embedding, where), store.read_slice(head, where)) for where in blocks):
+            return
+    raise InputError(
+        f"config.json ties the embeddings (tie_word_embeddings), but {head} is stored and differs from {embedding}. "
+        "Set tie_word_embeddings to false if the head is meant, or remove that tensor."
+    )

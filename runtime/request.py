@@ -1,0 +1,117 @@
+"""One prompt on its way to a completion: what was read, what was written, and why it ended."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection
+
+import numpy as np
+
+from corral.runtime import sampler
+from corral.runtime.completion import Completion, FinishReason, Piece, Timings, TokenLogprobs
+from corral.runtime.sampling_params import SamplingParams
+from corral.runtime.session import Float32
+from corral.runtime.stop_strings import StopStrings
+from corral.runtime.stream_decoder import StreamDecoder
+
+
+class Request:
+    """The state of one generation. The engine moves `position`; `accept` takes the logits of the next token."""
+
+    def __init__(
+        self,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        max_tokens: int,  # `params.max_tokens`, or what the context leaves of it
+        eos_token_ids: Collection[int],
+        decoder: StreamDecoder | None,  # None: ids only, all text is ""
+    ) -> None:
+        self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
+        self.position = 0  # tokens in the cache
+        self.output_ids: list[int] = []
+        self.pieces: deque[Piece] = deque()
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
+        self._eos = tuple(eos_token_ids)
+        self._decoder, self._stops = decoder, StopStrings(params.stop)
+        self._generator = np.random.default_rng(params.seed)
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._reported = 0  # output tokens that are in a piece
+        self._started = time.perf_counter()
+        self._first_token = self._last_token = 0.0
+
+    @property
+    def prefilled(self) -> bool:
+        return self.position >= len(self.prompt_ids)
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    @property
+    def num_prefill(self) -> int:
+        """Prompt tokens still to be read."""
+        return max(len(self.prompt_ids) - self.position, 0)
+
+    def accept(self, logits_V: Float32) -> None:
+        """Sample the next token, and finish if it ends the request."""
+        few = len(self.output_ids) < self.params.min_tokens
+        token = sampler.sample(
+            logits_V,
+            self.params,
+            self._generator,
+            prompt_ids=self.prompt_ids,
+            output_ids=self.output_ids,
+            forbidden=self._eos if few else (),
+        )
+        if self.params.logprobs is not None:
+            self._logprobs.append(sampler.token_logprobs(logits_V, token, self.params.logprobs))
+        self.output_ids.append(token)
+        self._last_token = time.perf_counter() - self._started
+        self._first_token = self._first_token or self._last_token
+        self._write(token, few)
+
+    def completion(self) -> Completion:
+        """The result of a finished request; raises what went wrong if it failed."""
+        if self.error is not None:
+            raise self.error
+        assert self.finish_reason is not None, "completion() of a request that still runs"
+        return Completion(
+            text="".join(self._text),
+            token_ids=tuple(self.output_ids),
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self._logprobs) if self.params.logprobs is not None else None,
+            prompt_token_ids=self.prompt_ids,
+            timings=Timings(first_token=self._first_token, total=self._last_token, num_tokens=len(self.output_ids)),
+        )
+
+    def _write(self, token: int, few: bool) -> None:
+        ends = token in self._eos and not self.params.ignore_eos
+        text = self._decoder.push(token) if self._decoder and not ends else ""
+        if not few:  # like the end tokens, stop strings count only after min_tokens
+            text = self._stops.push(text)
+        reason: FinishReason | None = None
+        if self._stops.found:
+            reason = "stop"
+        elif ends or len(self.output_ids) >= self.max_tokens:
+            reason = "stop" if ends else "length"
+            text += self._stops.push(self._decoder.flush() if self._decoder else "") + self._stops.flush()
+        if text or reason or self._decoder is None:
+            self._emit(text, reason)
+        self.finish_reason = reason  # last: another thread that sees it takes everything else as complete
+
+    def _emit(self, text: str, reason: FinishReason | None) -> None:
+        self._text.append(text)
+        tokens = slice(self._reported, len(self.output_ids))
+        self._reported = len(self.output_ids)
+        self.pieces.append(
+            Piece(
+                text=text,
+                token_ids=tuple(self.output_ids[tokens]),
+                finish_reason=reason,
+                logprobs=tuple(self._logprobs[tokens]) if self.params.logprobs is not None else None,
+            )
+        )

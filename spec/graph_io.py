@@ -1,0 +1,50 @@
+"""The names of a decoder graph's inputs and outputs: the contract between the exporter, every lowering and the runtime.
+
+| input                    | dtype   | shape                         | meaning                                             |
+| ------------------------ | ------- | ----------------------------- | --------------------------------------------------- |
+| `embeddings`             | float32 | [batch, tokens, hidden]       | rows of the embedding table, or image features      |
+| `positions`              | int64   | [batch, tokens]               | absolute position of each new token                 |
+| `logit_rows`             | int64   | [batch, rows]                 | which of the new tokens to compute logits for       |
+| `past_length.<kv class>` | int64   | [batch]                       | rows of that class's caches that are already filled |
+| `past_key.<layer>`       | float32 | [batch, kv heads, capacity, head dim] | cache of fixed capacity                     |
+| `past_value.<layer>`     | float32 | [batch, kv heads, capacity, head dim] |                                             |
+
+| output                   | dtype   | shape                         |                                                     |
+| ------------------------ | ------- | ----------------------------- | --------------------------------------------------- |
+| `logits`                 | float32 | [batch, rows, vocab]          |                                                     |
+| `present_key.<layer>`    | float32 | as `past_key.<layer>`         | the cache with the new rows written; may be bound to the same memory |
+| `present_value.<layer>`  | float32 | as `past_value.<layer>`       |                                                     |
+
+New token `s` of batch row `b` is written to cache row `past_length[b] + s` and sees cache rows up to its own. Rows past
+the filled ones may hold anything finite. All `tokens` new tokens are written, padding included, so `past_length + tokens`
+never exceeds the capacity, and for a chunked layer the new tokens never cross a chunk boundary.
+"""
+
+from __future__ import annotations
+
+from corral.spec.model_config import KvClass
+
+EMBEDDINGS = "embeddings"
+POSITIONS = "positions"
+LOGIT_ROWS = "logit_rows"
+LOGITS = "logits"
+
+
+def past_length(kv_class: KvClass) -> str:
+    return f"past_length.{kv_class}"
+
+
+def past_key(layer: int) -> str:
+    return f"past_key.{layer}"
+
+
+def past_value(layer: int) -> str:
+    return f"past_value.{layer}"
+
+
+def present_key(layer: int) -> str:
+    return f"present_key.{layer}"
+
+
+def present_value(layer: int) -> str:
+    return f"present_value.{layer}"

@@ -1,0 +1,173 @@
+"""What a bundle says about itself: `manifest.json`, validated field by field, its files listed with size and SHA-256."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from corral.spec.errors import InputError
+from corral.spec.kv_layout import KvLayout
+from corral.spec.model_config import ModelConfig
+from corral.spec.recipe import Recipe
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+Stage = Literal["exported", "quantized", "ready"]
+# The largest manifest that is read: a hostile file must not fill memory.
+MANIFEST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of the bundle; `path` is relative, with forward slashes, and stays inside."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRecord:
+    """One ONNX graph: `path`, and the half-open range of decoder layers it computes."""
+
+    path: str
+    first_layer: int
+    end_layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """A row-major tensor in a file of the bundle: the embedding table, which the runtime gathers from a memory map."""
+
+    path: str
+    dtype: str  # float32, float16 or bfloat16
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageRecord:
+    """How the weights of one kind (`experts`, `attention`, …) are stored."""
+
+    kind: str
+    stored: str  # "int4 g128", "float32", …
+    matrices: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A bundle's description. `stage` is "ready" for a bundle that runs; "exported" and "quantized" hold graph and plan."""
+
+    format: str  # "major.minor"
+    corral: str  # version that wrote it
+    stage: Stage
+    model: ModelConfig
+    recipe: Recipe
+    requires: dict[str, str]  # package -> minimum version
+    source: dict[str, str]  # where the checkpoint came from
+    graphs: tuple[GraphRecord, ...]
+    kv: tuple[KvLayout, ...]
+    embedding: TensorRecord | None
+    coverage: tuple[CoverageRecord, ...]
+    tokenizer: str | None  # path of tokenizer.json
+    chat_template: str | None  # path of the Jinja template
+    special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token …, for the template
+    files: tuple[FileRecord, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.bytes for record in self.files)
+
+    def dumps(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate a bundle's manifest. Raises InputError: missing, malformed, another major version, a path outside."""
+    path = directory / MANIFEST_NAME
+    if not directory.exists():
+        raise InputError(f"{directory} does not exist; expected a bundle made by `corral compile`.")
+    if not path.is_file():
+        raise InputError(
+            f"{directory} holds no {MANIFEST_NAME}: it is no bundle, or an unfinished compile. "
+            "Run `corral compile CHECKPOINT -o OUT` to make one."
+        )
+    if path.stat().st_size > MANIFEST_BYTES:
+        raise InputError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {MANIFEST_BYTES}.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}. The bundle is damaged: compile it again.") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds a JSON {type(data).__name__}, expected an object.")
+    major = str(data.get("format", "")).partition(".")[0]
+    if major != str(FORMAT_MAJOR):
+        raise InputError(
+            f"{path} is of bundle format {data.get('format')!r}; this corral reads {FORMAT_MAJOR}.x. "
+            "Compile the checkpoint again, or install the corral version that made it."
+        )
+    manifest = _read(Manifest, data, str(path))
+    for record in manifest.files:
+        inside_path(record.path, path)
+    listed = {record.path for record in manifest.files}
+    tables = [manifest.embedding.path] if manifest.embedding else []
+    texts = [name for name in (manifest.tokenizer, manifest.chat_template) if name is not None]
+    for name in (*(graph.path for graph in manifest.graphs), *tables, *texts):
+        inside_path(name, path)
+        if name not in listed:
+            raise InputError(f'{path} names "{name}" but does not list it among its files: the manifest is damaged.')
+    return manifest
+
+
+def inside_path(name: str, manifest: Path) -> PurePosixPath:
+    """`name` as a relative path that stays inside the bundle. Raises InputError otherwise."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+        raise InputError(
+            f"{manifest} names the file {name!r}, which is outside the bundle; such a bundle is not opened."
+        )
+    return path
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    """Build the (nested) dataclass or container `kind` of JSON `data`, checking every type on the way."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if data is None and type(None) in arguments:
+            return None
+        return _read(next(a for a in arguments if a is not type(None)), data, where)
+    if kind is Recipe and isinstance(data, dict):
+        return Recipe.from_json(data, where=where)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, data, where)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is dict and isinstance(data, dict):
+        return {key: _read(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
+    if origin is typing.Literal and data in arguments:
+        return data
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and type(data) is kind and not (isinstance(data, int) and data < 0):
+        return data
+    raise InputError(
+        f"{where} is {str(data)[:80]!r}, expected {getattr(kind, '__name__', kind)}: the manifest is damaged."
+    )
+
+
+def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is {str(data)[:80]!r}, expected an object: the manifest is damaged.")
+    hints = typing.get_type_hints(kind)
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - data.keys()):
+        raise InputError(f"{where} lacks {', '.join(missing)}: the manifest is damaged.")
+    # Unknown keys are kept out rather than refused: a newer minor version may add some.
+    return kind(**{name: _read(hints[name], data[name], f"{where}: {name}") for name in hints if name in data})

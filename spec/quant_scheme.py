@@ -1,0 +1,52 @@
+"""How a weight matrix is stored: bits, group size, scale type. A table, read by recipes, quantizers and lowerings.
+
+Codes are symmetric: value = scale * (code - 2**(bits-1)) with unsigned codes, one scale per `group_size` inputs of one
+output. Group size counts along the input dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corral.spec.errors import InputError
+
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP_SIZE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantScheme:
+    """One way to store a matrix. `bits` is None for plain floating point of `dtype`."""
+
+    name: str
+    bits: int | None
+    dtype: str  # of the stored values: an ONNX element type in lower case
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.bits is not None
+
+    def bits_per_weight(self, group_size: int) -> float:
+        """Stored bits per weight, float32 scales included."""
+        if self.bits is None:
+            return {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}[self.dtype]
+        return self.bits + 32 / group_size
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        QuantScheme(name="fp32", bits=None, dtype="float32"),
+        QuantScheme(name="fp16", bits=None, dtype="float16"),
+        QuantScheme(name="bf16", bits=None, dtype="bfloat16"),
+        QuantScheme(name="int8", bits=8, dtype="int8"),
+        QuantScheme(name="int4", bits=4, dtype="int4"),
+    )
+}
+
+
+def scheme_named(name: str) -> QuantScheme:
+    """Look a scheme up. Raises InputError naming those there are."""
+    if name not in SCHEMES:
+        raise InputError(f'weights "{name}" are not known; expected one of {", ".join(SCHEMES)}.')
+    return SCHEMES[name]

@@ -1,0 +1,66 @@
+"""What to make of a checkpoint: TOML <-> dataclass. The keys are the options of `corral compile`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corral.spec.errors import InputError
+from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
+from corral.spec.target import target_named
+
+METHODS = ("rtn",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a bundle's bytes, apart from the checkpoint. Validated when made."""
+
+    target: str = "cpu"
+    weights: str = "int4"
+    method: str = "rtn"
+    group_size: int = DEFAULT_GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        target, scheme = target_named(self.target), scheme_named(self.weights)
+        if scheme.name not in target.weights:
+            raise InputError(
+                f"target {target.name} does not take {scheme.name} weights; it takes {', '.join(target.weights)}."
+            )
+        if self.method not in METHODS:
+            raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
+        if self.group_size not in GROUP_SIZES:
+            raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_json().items())
+
+    @staticmethod
+    def from_json(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
+        """Make a recipe of a mapping. Raises InputError for unknown keys and values of the wrong type."""
+        fields = {field.name: type(field.default) for field in dataclasses.fields(Recipe)}
+        for key, value in data.items():
+            if key not in fields:
+                raise InputError(f'{where}: key "{key}" is not known; expected {", ".join(fields)}.')
+            if type(value) is not fields[key]:
+                raise InputError(f"{where}: {key} is {value!r}, expected a {fields[key].__name__}.")
+        return Recipe(**data)
+
+
+def read_recipe(path: Path, **overrides: Any) -> Recipe:
+    """Read a recipe file; `overrides` that are not None win. Raises InputError naming the file."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"recipe {path} is not readable TOML: {error}.") from None
+    return Recipe.from_json(data | {k: v for k, v in overrides.items() if v is not None}, where=f"recipe {path}")
+
+
+def _toml(value: str | int) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,156 @@
+"""Every stored tensor, as plain data: what it reads, which pure functions it passes through, where its bytes land.
+
+    Entry  <-  steps  <-  pieces (sources)
+
+A *source* is a slice of one checkpoint tensor, seen as a matrix [rows = outputs, columns = inputs] (or a vector). A
+*step* names a registered function with literal arguments; where it yields several arrays, `output` picks one. Entries
+whose steps begin alike, on the same source, are computed together. The last step of an entry is its storage layout.
+An entry's pieces lie one after the other along the first axis of the stored tensor; that is what makes them small jobs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SHARD_BYTES = 4 << 30
+ALIGNMENT = 4096
+
+ITEM_BITS = {
+    "float32": 32, "float16": 16, "bfloat16": 16, "int64": 64, "int32": 32, "int8": 8, "uint8": 8, "int4": 4, "uint4": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Part of a checkpoint tensor, as the matrix [rows, columns] that steps see.
+
+    `index` picks along the leading axis (an expert of a fused tensor) first; the remaining matrix is transposed where
+    the checkpoint stores inputs by outputs; `rows` and `columns` (start, stop) then cut it. A vector has rows only.
+    """
+
+    tensor: str
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None = None
+    index: int | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in filter(None, (self.rows, self.columns)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pure function by name, its literal arguments, and which of its results to take ("" where it has one)."""
+
+    name: str
+    args: tuple[tuple[str, int | float | str], ...] = ()
+    output: str = ""
+
+    def __str__(self) -> str:
+        words = [self.name, *(f"{key}={value}" for key, value in self.args)]
+        return " ".join(words) + (f" -> {self.output}" if self.output else "")
+
+
+def step(name: str, output: str = "", **args: int | float | str) -> Step:
+    """Spell a Step: `step("rtn", bits=4, group_size=128, output="codes")`."""
+    return Step(name, tuple(sorted(args.items())), output)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the artefact.
+
+    `shape` and `dtype` are as stored. `weight` is the model parameter (or several, joined by "+") it belongs to, and
+    `parameters` how many of the model's numbers it represents (0 for scales), for the coverage table.
+    `cut` is the axis of the *source matrix* along which the stored tensor's first axis runs: a piece may then be
+    computed in parts along it, in multiples of `cut_multiple`; None: only whole.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Source, ...]
+    steps: tuple[Step, ...]
+    weight: str = ""
+    parameters: int = 0
+    cut: Literal["rows", "columns"] | None = None
+    cut_multiple: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+
+    def with_layout(self, *layout: Step, **changes: Any) -> Entry:
+        """The same values in another storage layout (in place of the last step)."""
+        return dataclasses.replace(self, steps=(*self.steps[:-1], *layout), **changes)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an entry's bytes lie: shard number, offset and length in bytes."""
+
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass
+class WeightPlan:
+    """All entries, by name, in the order they are stored. Passes replace entries; nothing is computed until execution."""
+
+    entries: dict[str, Entry]
+
+    def add(self, *entries: Entry) -> None:
+        for entry in entries:
+            if entry.name in self.entries:
+                raise AssertionError(f"the plan already has an entry {entry.name}")
+            self.entries[entry.name] = entry
+
+    def replace(self, old: str, *new: Entry) -> None:
+        """Put `new` where `old` was."""
+        taken = {entry.name for entry in new} & self.entries.keys() - {old}
+        if old not in self.entries or taken:
+            raise AssertionError(f"cannot replace {old}: it is not in the plan, or {sorted(taken)} are already")
+        items: list[tuple[str, Entry]] = []
+        for name, entry in self.entries.items():
+            items.extend((e.name, e) for e in new) if name == old else items.append((name, entry))
+        self.entries = dict(items)
+
+    def placements(self, shard_bytes: int = SHARD_BYTES) -> dict[str, Placement]:
+        """Offsets aligned to 4096 in shards of at most `shard_bytes` (a larger tensor has a shard to itself)."""
+        placements: dict[str, Placement] = {}
+        shard = offset = 0
+        for entry in self.entries.values():
+            offset = -(-offset // ALIGNMENT) * ALIGNMENT
+            if offset and offset + entry.nbytes > shard_bytes:
+                shard, offset = shard + 1, 0
+            placements[entry.name] = Placement(shard, offset, entry.nbytes)
+            offset += entry.nbytes
+        return placements
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries.values())
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(entry) for entry in self]
+
+    @staticmethod
+    def from_json(data: Iterable[dict[str, Any]]) -> WeightPlan:
+        """Inverse of `to_json`."""
+        return WeightPlan({item["name"]: _entry(item) for item in data})
+
+
+def _entry(item: dict[str, Any]) -> Entry:
+    def pair(value: Any) -> Any:
+        return tuple(value) if value is not None else None
+
+    pieces = tuple(
+        Source(**{**piece, "rows": pair(piece["rows"]), "columns": pair(piece["columns"])}) for piece in item["pieces"]
+    )
+    steps = tuple(Step(s["name"], tuple((k, v) for k, v in s["args"]), s["output"]) for s in item["steps"])
+    return Entry(**{**item, "shape": tuple(item["shape"]), "pieces": pieces, "steps": steps})

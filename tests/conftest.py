@@ -1,0 +1,172 @@
+"""Fixtures for every test: tiny random Llama 4 checkpoints with each branch of the architecture on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test talks to a hub
+# Tensors here are tiny: a second thread only waits (30 times slower beside another load). Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TinyCheckpoint = Callable[[str], Path]
+TinyBundle = Callable[[str, str, str], Path]
+
+CHUNK = 16
+# Five layers: rope, rope, rope, nope, rope. The chunk ends after 16 tokens, the temperature rises every 8.
+SCOUT: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "intermediate_size_mlp": 128,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": True,
+    "no_rope_layers": [],
+    "attention_chunk_size": CHUNK,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8,
+    "attn_scale": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
+    "eos_token_id": [257, 258],
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        # So that about half of the eight frequencies are scaled.
+        "original_max_position_embeddings": 1024,
+    },
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+FORMS: dict[str, dict[str, Any]] = {
+    "scout": SCOUT,
+    "maverick": {**SCOUT, "interleave_moe_layer_step": 2, "use_qk_norm": False, "rope_parameters": PLAIN_ROPE},
+    "guard": {**SCOUT, "moe_layers": [], "num_local_experts": 0},
+    "topk2": {**SCOUT, "num_experts_per_tok": 2},
+    "tied": {**SCOUT, "tie_word_embeddings": True},
+}
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>")
+CHAT_TEMPLATE = (
+    "{{- bos_token }}{% for message in messages %}<|header_start|>{{ message['role'] }}<|header_end|>\n\n"
+    "{{ message['content'] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[[str], dict[str, Any]]:
+    """`tiny_config("scout")` -> a fresh `llama4_text` config.json of that form, to change at will."""
+    return lambda form: deepcopy({"model_type": "llama4_text", **FORMS[form]})
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """`tiny_checkpoint("scout")` -> a checkpoint directory with tokenizer, made once. Do not write into it.
+
+    Forms: scout (MoE everywhere, qk norm, scaled rope), maverick (MoE in every second layer, no qk norm, plain rope),
+    guard (dense), topk2 (two experts a token), tied (embeddings), all float32 as transformers saves them; multimodal
+    (scout's weights in bf16, named as in the published files, in two shards, beside a vision tower).
+    """
+    made: dict[str, Path] = {}
+
+    def make(form: str) -> Path:
+        if form not in made:
+            directory = tmp_path_factory.mktemp(form)
+            if form == "multimodal":
+                _save_multimodal(make("scout"), directory)
+            else:
+                _save_transformers(form, directory)
+            _save_tokenizer(directory)
+            made[form] = directory
+        return made[form]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """`tiny_bundle("scout", "cpu", "int4")` -> a bundle compiled of that tiny checkpoint, made once. Do not write into it."""
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def make(form: str, target: str, weights: str) -> Path:
+        from corral.graphs import compile
+        from corral.spec.recipe import Recipe
+
+        key = (form, target, weights)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("-".join(key))
+            compile(tiny_checkpoint(form), made[key], Recipe(target=target, weights=weights, group_size=32))
+        return made[key]
+
+    return make
+
+
+def _save_transformers(form: str, directory: Path) -> None:
+    import torch
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    model = Llama4ForCausalLM(Llama4TextConfig(**deepcopy(FORMS[form])))
+    generator = torch.Generator().manual_seed(sorted(FORMS).index(form))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:  # wide enough that experts are used diversely and logits are far apart
+                parameter.normal_(0, 0.08, generator=generator)
+    model.save_pretrained(directory)
+
+
+def _save_multimodal(scout: Path, directory: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    text = {name: tensor.bfloat16() for name, tensor in load_file(scout / "model.safetensors").items()}
+    tensors = {f"language_model.{name}": tensor for name, tensor in text.items()}
+    tensors["vision_model.class_embedding"] = torch.zeros(8, dtype=torch.bfloat16)
+    tensors["multi_modal_projector.linear_1.weight"] = torch.zeros(64, 8, dtype=torch.bfloat16)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, directory / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    text_config = deepcopy({"model_type": "llama4_text", **SCOUT})
+    rope = text_config.pop("rope_parameters")
+    # As in the published files: the old spelling of rope.
+    text_config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "attn_temperature_tuning": 4}
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "llama4", "text_config": text_config, "vision_config": {"hidden_size": 8}})
+    )
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 258]}))
+
+
+def _save_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer without merges: ids 0 to 255 are bytes, then the special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": SPECIAL_TOKENS[0], "eos_token": SPECIAL_TOKENS[2]})
+    )

@@ -1,0 +1,80 @@
+"""Round to nearest and the storage layouts: bounds and round trips, property-based."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_nibbles, pack_rows, unpack_nibbles
+from corral.graphs.quantize.rtn import rtn
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+finite = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    group = draw(st.sampled_from([32, 64, 128]))
+    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    return draw(hnp.arrays(np.float32, (rows, groups * group), elements=finite, fill=finite)), group
+
+
+@given(weights(), st.sampled_from([4, 8]))
+def test_every_value_is_within_half_a_step_of_its_code(weight: tuple[np.ndarray, int], bits: int) -> None:
+    matrix, group = weight
+    stored = rtn(matrix, bits=bits, group_size=group)
+    codes, scales = stored["codes"], stored["scales"]
+    assert codes.dtype == np.uint8
+    assert codes.min() >= 1
+    assert codes.max() <= 2**bits - 1
+    assert (scales > 0).all()
+    step = np.repeat(scales.astype(np.float64), group, axis=1)
+    values = (codes.astype(np.float64) - 2 ** (bits - 1)) * step
+    assert (np.abs(values - matrix) <= step * (0.5 + 1e-5)).all()
+
+
+def test_a_group_is_scaled_by_its_largest_magnitude_alone() -> None:
+    matrix = np.zeros((1, 64), np.float32)
+    matrix[0, :3] = [7.0, -3.5, 1.0]  # group one: scale 1; the 3.5 rounds to even
+    matrix[0, 32:34] = [0.7, 0.1]
+    stored = rtn(matrix, bits=4, group_size=32)
+    np.testing.assert_allclose(stored["scales"], [[1.0, 0.1]], rtol=1e-6)
+    assert stored["codes"][0, :4].tolist() == [15, 4, 9, 8]
+    assert stored["codes"][0, 32:35].tolist() == [15, 9, 8]
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    stored = rtn(np.zeros((2, 32), np.float32), bits=4, group_size=32)
+    assert (stored["codes"] == 8).all()
+    assert (stored["scales"] == 1).all()
+
+
+@given(hnp.arrays(np.uint8, hnp.array_shapes(max_dims=3, max_side=6).map(lambda s: (*s[:-1], 2 * s[-1])), elements=st.integers(0, 15)))  # fmt: skip
+def test_nibbles_round_trip(codes: np.ndarray) -> None:
+    packed = pack_nibbles(codes)
+    assert packed.shape[-1] * 2 == codes.shape[-1]
+    np.testing.assert_array_equal(unpack_nibbles(packed), codes)
+
+
+def test_the_first_code_is_in_the_low_nibble() -> None:
+    assert pack_rows(np.array([[0x3, 0xA]], np.uint8), bits=4).tolist() == [[0xA3]]
+
+
+@pytest.mark.parametrize(("bits", "stored_type"), [(4, ml_dtypes.int4), (8, np.int8)])
+@given(data=st.data())
+def test_columns_are_what_onnx_reads_back(bits: int, stored_type: type, data: st.DataObject) -> None:
+    """ONNX's own helper is the independent reader of INT4 and INT8 raw data."""
+    codes = data.draw(hnp.arrays(np.uint8, (32, 6), elements=st.integers(1, 2**bits - 1)))
+    raw = np.ascontiguousarray(pack_columns(codes, bits=bits)).tobytes()
+    kind = {4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}[bits]
+    tensor = onnx.helper.make_tensor("w", kind, (6, 32), raw, raw=True)
+    got = onnx.numpy_helper.to_array(tensor).astype(np.int64)
+    np.testing.assert_array_equal(got, codes.T.astype(np.int64) - 2 ** (bits - 1))
+
+
+def test_halves_are_interleaved_row_by_row() -> None:
+    assert interleave_halves(np.array([[1], [2], [10], [20]])).tolist() == [[1], [10], [2], [20]]

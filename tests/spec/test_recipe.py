@@ -1,0 +1,70 @@
+"""Recipes: TOML to dataclass and back, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.spec.errors import InputError
+from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES
+from corral.spec.recipe import Recipe, read_recipe
+from corral.spec.target import TARGETS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_toml_round_trip(target: str, group_size: int, tmp_path: Path) -> None:
+    for weights in TARGETS[target].weights:
+        recipe = Recipe(target=target, weights=weights, group_size=group_size)
+        (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+        assert read_recipe(tmp_path / "recipe.toml") == recipe
+        assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('weights = "int8"\ngroup_size = 32\n')
+    assert read_recipe(tmp_path / "recipe.toml", group_size=64, weights=None) == Recipe(weights="int8", group_size=64)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"target": "toaster"}, r'target "toaster" is not known; expected one of portable, cpu'),
+        ({"weights": "int3"}, r'weights "int3" are not known; expected one of fp32'),
+        ({"method": "magic"}, r'method "magic" is not known; expected one of rtn'),
+        ({"group_size": 48}, "group_size is 48, expected one of 32, 64, 128"),
+        ({"group_size": "32"}, "group_size is '32', expected a int"),
+        ({"group_size": True}, "group_size is True, expected a int"),
+        ({"weights": 4}, "weights is 4, expected a str"),
+        ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
+    ],
+    ids=str,
+)
+def test_refusals(data: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        Recipe.from_json(data)
+
+
+def test_a_target_refuses_weights_it_cannot_run() -> None:
+    unsupported = [(t, w) for t, target in TARGETS.items() for w in SCHEMES if w not in target.weights]
+    assert unsupported, "every target takes everything: this test sees nothing"
+    for target, weights in unsupported:
+        with pytest.raises(InputError, match=rf"target {target} does not take {weights} weights; it takes"):
+            Recipe(target=target, weights=weights)
+
+
+@pytest.mark.parametrize("text", [None, b"weights = ", b"\xff\xfe"], ids=["missing", "cut", "not text"])
+def test_unreadable_files(tmp_path: Path, text: bytes | None) -> None:
+    if text is not None:
+        (tmp_path / "recipe.toml").write_bytes(text)
+    with pytest.raises(InputError, match=r"recipe .*recipe\.toml is not readable TOML"):
+        read_recipe(tmp_path / "recipe.toml")
+
+
+def test_bits_per_weight() -> None:
+    assert SCHEMES["int4"].bits_per_weight(32) == 5
+    assert SCHEMES["int4"].bits_per_weight(128) == 4.25
+    assert SCHEMES["fp16"].bits_per_weight(128) == 16
+    assert [s.name for s in SCHEMES.values() if s.is_quantized] == ["int8", "int4"]

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from corral.validate.statistics import Estimate, distribution, estimate, exponential, spread
+
+
+def windows(*values: list[float]) -> list[np.ndarray]:
+    return [np.array(v) for v in values]
+
+
+def test_equal_windows_give_the_standard_error_of_their_means() -> None:
+    # Window means 1, 2, 6: mean 3, sample variance 7, standard error sqrt(7 / 3).
+    found = estimate(windows([0.0, 2.0], [1.0, 3.0], [5.0, 7.0]))
+    assert found.mean == pytest.approx(3.0)
+    assert found.stderr == pytest.approx(math.sqrt(7 / 3))
+
+
+def test_unequal_windows_weigh_by_their_predictions() -> None:
+    # mean 2; deviations summed: -2 in one window (two of -1), +2 in the other; sqrt(2 / 1 * 8) / 3
+    found = estimate(windows([1.0, 1.0], [4.0]))
+    assert found.mean == pytest.approx(2.0)
+    assert found.stderr == pytest.approx(math.sqrt(2 * 8) / 3)
+
+
+def test_predictions_that_move_together_in_a_window_widen_the_error() -> None:
+    together = windows([1.0] * 50, [3.0] * 50)
+    apart = windows([1.0, 3.0] * 25, [1.0, 3.0] * 25)
+    assert estimate(together).mean == estimate(apart).mean == 2.0
+    assert estimate(together).stderr == pytest.approx(1.0)
+    assert estimate(apart).stderr == pytest.approx(0.0)
+
+
+def test_one_window_falls_back_to_its_predictions() -> None:
+    values = [1.0, 2.0, 3.0, 4.0]
+    assert estimate(windows(values)).stderr == pytest.approx(np.std(values, ddof=1) / 2)
+
+
+def test_one_prediction_has_no_error() -> None:
+    assert math.isnan(estimate(windows([1.0])).stderr)
+
+
+def test_standard_error_is_honest_about_what_it_estimates() -> None:
+    # Of many samples, the spread of the means is what the standard error says on average.
+    random = np.random.default_rng(0)
+    samples = [
+        estimate([random.normal(effect, 1.0, 16) for effect in random.normal(0.0, 1.0, 40)]) for _ in range(400)
+    ]
+    assert np.std([s.mean for s in samples]) == pytest.approx(np.mean([s.stderr for s in samples]), rel=0.1)
+
+
+def test_distribution_has_the_percentiles_of_all_predictions() -> None:
+    found = distribution([np.arange(0.0, 51.0), np.arange(51.0, 101.0)])
+    assert (found.mean, found.p50, found.p95, found.p99, found.max) == (50.0, 50.0, 95.0, 99.0, 100.0)
+
+
+def test_exponential_carries_the_error_along() -> None:
+    found = exponential(Estimate(math.log(4.0), 0.01))
+    assert (found.mean, found.stderr) == (pytest.approx(4.0), pytest.approx(0.04))
+
+
+def test_exponential_of_a_hopeless_model_is_still_a_number() -> None:
+    assert math.isfinite(exponential(Estimate(1e6, 0.0)).mean)
+
+
+def test_spread_of_repeated_runs() -> None:
+    found = spread([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found.median, found.min, found.max, found.p25, found.p75, found.n) == (3.0, 1.0, 5.0, 2.0, 4.0, 5)
