@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from corral.cli.options import chosen_recipe, json_option, out_option, recipe_options
+from corral.cli.options import chosen_recipe, fresh_option, json_option, out_option, recipe_options
 
 
 @click.command("compile")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @out_option
 @recipe_options
-@click.option("--fresh", is_flag=True, help="Replace the bundle that OUT holds.")
+@fresh_option
 @json_option
 def command(checkpoint: Path, out: Path, recipe_file: Path | None, fresh: bool, as_json: bool, **options: Any) -> None:
     """Compile a CHECKPOINT directory (config.json, *.safetensors) into a bundle that runs without it."""

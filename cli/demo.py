@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,8 +14,7 @@ import click
 
 from corral.cli.formats import count, seconds
 from corral.cli.options import json_option, threads_option
-from corral.spec.errors import EnvironmentProblem, InputError
-from corral.spec.manifest import MANIFEST_NAME
+from corral.spec.errors import EnvironmentProblem
 from corral.spec.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -119,10 +116,10 @@ def _compile(checkpoint: Path, out: Path, say: _Steps) -> list[Path]:
             told += [f"{len(exported.graphs)} graph", f"{exported.model.num_layers - nope} rope and {nope} nope layers"]
         with say.step("quantize") as (told, progress):
             for recipe in RECIPES:
-                quantized, ready = stages / f"{recipe.weights}-quantized", stages / recipe.weights
+                quantized, bundle = stages / recipe.weights, out / recipe.weights
                 quantize_stage(stages / "exported", quantized, recipe, progress=progress)
-                manifest = lower_stage(quantized, ready, recipe, progress=progress).manifest
-                bundles.append(_replace(ready, out / recipe.weights))
+                manifest = lower_stage(quantized, bundle, recipe, fresh=True, progress=progress).manifest
+                bundles.append(bundle)
             told += [", ".join(recipe.weights for recipe in RECIPES), _coverage(manifest)]
     return bundles
 
@@ -145,13 +142,3 @@ def _coverage(manifest: Manifest) -> str:
     quantized, total = sum(n for n, is_quantized in stored if is_quantized), sum(n for n, _ in stored)
     name = f"{manifest.recipe.weights} (group {manifest.recipe.group_size})"
     return f"{count(quantized)} of {count(total)} parameters in {name}"
-
-
-def _replace(written: Path, final: Path) -> Path:
-    """Put a finished bundle where an earlier demo's may lie."""
-    if final.exists():
-        if not (final / MANIFEST_NAME).is_file():
-            raise InputError(f"{final} holds something that is no bundle; it is left as it is. Choose another --out.")
-        shutil.rmtree(final)
-    os.replace(written, final)
-    return final

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from corral.cli.options import json_option, out_option
+from corral.cli.options import fresh_option, json_option, out_option
 
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @out_option
+@fresh_option
 @json_option
-def command(checkpoint: Path, out: Path, as_json: bool) -> None:
+def command(checkpoint: Path, out: Path, fresh: bool, as_json: bool) -> None:
     """Stage 1 of compile: capture a CHECKPOINT's graph and plan its weights, reading none."""
     from corral.cli.bundle_view import show_written
     from corral.cli.progress import show_progress
@@ -22,5 +23,5 @@ def command(checkpoint: Path, out: Path, as_json: bool) -> None:
         progress("load compiler", 0, 0, "")  # torch takes seconds
         from corral.graphs.stages import export_stage
 
-        bundle = export_stage(checkpoint, out, progress=progress)
+        bundle = export_stage(checkpoint, out, fresh=fresh, progress=progress)
     show_written(bundle, as_json=as_json)

@@ -76,6 +76,7 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
 
 
 @click.group(
+    "corral",
     cls=Corral,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="First minutes: `corral demo`. What this machine can do: `corral doctor`.",

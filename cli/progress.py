@@ -17,17 +17,16 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 EVERY = 2.0  # seconds
-# How an amount of a unit reads; any other unit is a count with the unit behind.
-UNITS: dict[str, Callable[[float], str]] = {"bytes": size, "parameters": lambda n: f"{count(n)} parameters"}
+# How numbers of a unit read, and what stands behind them; any other unit is counted in full.
+UNITS: dict[str, tuple[Callable[[float], str], str]] = {"bytes": (size, ""), "parameters": (count, " parameters")}
 
 
 def amount(done: float, total: float, unit: str) -> str:
     """How far work is: "61.0 GB of 120.0 GB", "412 of 768 jobs"; "" where nobody knows."""
     if not total:
         return ""
-    if unit in UNITS:
-        return f"{UNITS[unit](done)} of {UNITS[unit](total)}"
-    return f"{done:,.0f} of {total:,.0f} {unit}"
+    written, behind = UNITS.get(unit, ("{:,.0f}".format, f" {unit}"))
+    return f"{written(done)} of {written(total)}{behind}"
 
 
 @contextmanager

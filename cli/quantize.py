@@ -7,15 +7,16 @@ from typing import Any
 
 import click
 
-from corral.cli.options import chosen_recipe, json_option, out_option, recipe_options
+from corral.cli.options import chosen_recipe, fresh_option, json_option, out_option, recipe_options
 
 
 @click.command("quantize")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @out_option
 @recipe_options
+@fresh_option
 @json_option
-def command(bundle: Path, out: Path, recipe_file: Path | None, as_json: bool, **options: Any) -> None:
+def command(bundle: Path, out: Path, recipe_file: Path | None, fresh: bool, as_json: bool, **options: Any) -> None:
     """Stage 2 of compile: decide how each weight of an exported BUNDLE is stored."""
     recipe = chosen_recipe(recipe_file, options)
     from corral.cli.bundle_view import show_written
@@ -25,5 +26,5 @@ def command(bundle: Path, out: Path, recipe_file: Path | None, as_json: bool, **
         progress("load compiler", 0, 0, "")  # torch takes seconds
         from corral.graphs.stages import quantize_stage
 
-        written = quantize_stage(bundle, out, recipe, progress=progress)
+        written = quantize_stage(bundle, out, recipe, fresh=fresh, progress=progress)
     show_written(written, as_json=as_json)

@@ -122,7 +122,7 @@ class RouterWatch:
         self.logits: list[Tensor] = []
         for module in model.modules():
             if isinstance(module, MoE):
-                module.router.register_forward_hook(lambda _m, _i, out: self.logits.append(out))
+                module.router.register_forward_hook(lambda _m, _i, out: self.logits.append(out.flatten(0, -2)))
 
     def balance_loss(self) -> Tensor:
         """Switch Transformer load-balancing loss (Fedus et al. 2021, eq. 4), mean over layers; 1 when even."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from corral.exporter.export import export
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.pipeline import phases, run_phase
-from corral.graphs.write_bundle import write_bundle
+from corral.graphs.write_bundle import check_out, write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.bundle import Bundle
@@ -22,6 +22,7 @@ def compile(
 
     Raises InputError for a bad checkpoint, recipe or output directory, EnvironmentProblem where the disk is too small.
     """
+    check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
     source = open_checkpoint(Path(checkpoint))
     return write_bundle(lower(source, recipe, progress=progress), source, Path(out), fresh=fresh, progress=progress)
 

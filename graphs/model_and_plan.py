@@ -46,6 +46,18 @@ class ModelAndPlan:
             self.graph.register_initializer(value)
         return values
 
+    def merge_weights(self, old: Sequence[Entry], join: Callable[[Sequence[Entry]], Entry]) -> ir.Value:
+        """Replace several planned weights by `join` of them, in plan and graph; the caller rewires their uses."""
+        joined = join(old)
+        self.plan.replace(old[0].name, joined)
+        for entry in old[1:]:
+            self.plan.replace(entry.name)
+        for entry in old:
+            del self.graph.initializers[entry.name]
+        value = planned_initializer(joined)
+        self.graph.register_initializer(value)
+        return value
+
     def replace_node(self, old: ir.Node, new: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
         """Put `new` in `old`'s place, `outputs` for its outputs; they belong to the module that `old` came from."""
         for node in new:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from corral.graphs.lower.onnxruntime.attention import lower_attention
 from corral.graphs.lower.onnxruntime.matmul import lower_matmul
+from corral.graphs.lower.onnxruntime.merge_matmul import merge_matmul
 from corral.graphs.lower.onnxruntime.moe import lower_moe
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
 from corral.graphs.passes.clean_up import clean_up
@@ -32,7 +33,7 @@ LOWER: dict[str, Phase] = {
     "portable": Phase(
         "lower", (clean_up, name_nodes)
     ),  # the fallback bodies and DequantizeLinear are standard ONNX already
-    "cpu": Phase("lower", (lower_attention, lower_moe, lower_matmul, clean_up, name_nodes)),
+    "cpu": Phase("lower", (lower_attention, lower_moe, lower_matmul, merge_matmul, clean_up, name_nodes)),
 }
 
 

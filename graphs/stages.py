@@ -13,7 +13,7 @@ from corral.exporter.export import export
 from corral.exporter.planned_tensor import replace_initializer
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.pipeline import LOWER, QUANTIZE, SIMPLIFY, run_phase
-from corral.graphs.write_bundle import PLAN_FILE, write_bundle
+from corral.graphs.write_bundle import PLAN_FILE, check_out, write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.bundle import Bundle, open_bundle
@@ -26,27 +26,36 @@ from corral.spec.weight_plan import WeightPlan
 UNQUANTIZED = Recipe(target="portable", weights="fp32")
 
 
-def export_stage(checkpoint: str | Path, out: str | Path, *, progress: Progress = silent) -> Bundle:
+def export_stage(
+    checkpoint: str | Path, out: str | Path, *, fresh: bool = False, progress: Progress = silent
+) -> Bundle:
     """Capture a checkpoint's graph, simplified, and plan its weights."""
+    check_out(Path(out), fresh=fresh)
     source = open_checkpoint(Path(checkpoint))
     model, plan = export(source)
     work = ModelAndPlan(model, plan, source.config, UNQUANTIZED)
     run_phase(SIMPLIFY, work)
-    return write_bundle(work, source, Path(out), stage="exported", progress=progress)
+    return write_bundle(work, source, Path(out), stage="exported", fresh=fresh, progress=progress)
 
 
-def quantize_stage(bundle: str | Path, out: str | Path, recipe: Recipe, *, progress: Progress = silent) -> Bundle:
+def quantize_stage(
+    bundle: str | Path, out: str | Path, recipe: Recipe, *, fresh: bool = False, progress: Progress = silent
+) -> Bundle:
     """Decide how each weight of an exported bundle is quantized."""
+    check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "exported", recipe)
     run_phase(QUANTIZE, work)
-    return write_bundle(work, source, Path(out), stage="quantized", progress=progress)
+    return write_bundle(work, source, Path(out), stage="quantized", fresh=fresh, progress=progress)
 
 
-def lower_stage(bundle: str | Path, out: str | Path, recipe: Recipe, *, progress: Progress = silent) -> Bundle:
+def lower_stage(
+    bundle: str | Path, out: str | Path, recipe: Recipe, *, fresh: bool = False, progress: Progress = silent
+) -> Bundle:
     """Lower a quantized bundle to the recipe's target, compute its weights and write the finished bundle."""
+    check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "quantized", recipe)
     run_phase(LOWER[recipe.target], work)
-    return write_bundle(work, source, Path(out), progress=progress)
+    return write_bundle(work, source, Path(out), fresh=fresh, progress=progress)
 
 
 def _open_stage(directory: Path, stage: Stage, recipe: Recipe) -> tuple[ModelAndPlan, Checkpoint]:

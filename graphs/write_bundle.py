@@ -100,13 +100,13 @@ def write_bundle(
     return bundle
 
 
-@contextmanager
-def _directory_for_bundle(out: Path, *, fresh: bool) -> Iterator[None]:
-    """A directory to write a bundle into: new, empty, or with `fresh` an older bundle's. Emptied again on failure."""
-    existed = out.exists()
-    if existed and not out.is_dir():
+def check_out(out: Path, *, fresh: bool) -> None:
+    """Raise InputError unless a bundle may be written to `out`: new, empty, or with `fresh` an older bundle."""
+    if not out.exists():
+        return
+    if not out.is_dir():
         raise InputError(f"{out} is a file; expected a directory to write the bundle into. Choose another -o.")
-    if existed and any(out.iterdir()):
+    if any(out.iterdir()):
         if not (out / MANIFEST_NAME).is_file():
             raise InputError(
                 f"{out} holds something that is no bundle ({next(out.iterdir()).name}, …); it is left as it is. "
@@ -114,6 +114,14 @@ def _directory_for_bundle(out: Path, *, fresh: bool) -> Iterator[None]:
             )
         if not fresh:
             raise InputError(f"{out} holds a bundle already. Choose another -o, or add --fresh to replace it.")
+
+
+@contextmanager
+def _directory_for_bundle(out: Path, *, fresh: bool) -> Iterator[None]:
+    """A directory to write a bundle into. Emptied again on failure."""
+    check_out(out, fresh=fresh)
+    existed = out.exists()
+    if existed:
         _remove_files(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,9 @@ Prompt = str | TokenIds
 DEFAULT_CONTEXT = 131072
 
 
+NEXT_STAGE = {"exported": "Run `corral quantize`, then `corral lower`", "quantized": "Run `corral lower` on it"}
+
+
 class LLM:
     """An opened bundle. Several threads may use one LLM; their requests are batched together."""
 
@@ -48,7 +51,7 @@ class LLM:
         if bundle.manifest.stage != "ready":
             raise InputError(
                 f'{bundle.directory} is at stage "{bundle.manifest.stage}", expected "ready": it cannot run yet. '
-                "Run `corral lower` on it, or `corral compile` on the checkpoint."
+                f"{NEXT_STAGE[bundle.manifest.stage]}, or `corral compile` on the checkpoint."
             )
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise InputError(f"max_batch is {max_batch!r}, expected a whole number of at least 1.")

@@ -65,7 +65,8 @@ def encode_alike(text: str, builds: Sequence[Build]) -> list[int]:
     for build, with_bos in encoded[1:]:
         ids = _without_bos(with_bos, build)
         if ids != expected:
-            at = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), 0)
+            differ = (i for i, (ours, theirs) in enumerate(zip(ids, expected, strict=False)) if ours != theirs)
+            at = next(differ, min(len(ids), len(expected)))
             raise InputError(
                 f"{build.name} and {first.name} have different tokenizers: from token {at} on, {ids[at : at + SHOWN]} "
                 f"and {expected[at : at + SHOWN]}. Only builds of the same checkpoint can be compared; compile the "

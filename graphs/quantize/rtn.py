@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 
-def rtn(weight: NDArray[np.float32], *, bits: int, group_size: int) -> dict[str, NDArray[np.generic]]:
+def rtn(weight: NDArray[np.float32], *, bits: int, group_size: int) -> dict[str, NDArray[Any]]:
     """Quantize [outputs, inputs] to unsigned codes and float32 scales; value = scale * (code - 2**(bits-1)).
 
     Returns codes uint8 [outputs, inputs] in 1 … 2**bits - 1 (so that their mean can be zero) and scales

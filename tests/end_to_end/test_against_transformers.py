@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corral.runtime import LLM, SamplingParams
 from transformers import Llama4ForCausalLM
+
+from corral.runtime import LLM, SamplingParams
 
 CHUNK = 16
 FORMS = ["scout", "maverick", "guard", "topk2"]

@@ -7,13 +7,13 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from corral.exporter.capture import capture
 from corral.model.checkpoint.names import expected_parameters
 from corral.spec import graph_io
@@ -78,8 +78,8 @@ def write_sparse_checkpoint(directory: Path, config: dict[str, Any]) -> int:
     return offset
 
 
-def test_capturing_and_planning_full_scout_takes_under_a_minute_and_2_gib(tmp_path: Path) -> None:
-    """The bound is the promise itself, and far from what it takes: about 25 s and 0.6 GiB."""
+def test_capturing_and_planning_full_scout_takes_less_than_2_gib(tmp_path: Path) -> None:
+    """109 billion parameters, none of them read: the file's data is a hole."""
     assert write_sparse_checkpoint(tmp_path, FULL_SCOUT) > 210e9
     code = (
         "import sys\n"
@@ -89,12 +89,9 @@ def test_capturing_and_planning_full_scout_takes_under_a_minute_and_2_gib(tmp_pa
         "work = lower(open_checkpoint(sys.argv[1]), Recipe(target='cpu', weights='int4'))\n"
         "print(sum(e.parameters for e in work.plan), sum(e.nbytes for e in work.plan))\n"
     )
-    before = time.monotonic()
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    elapsed = time.monotonic() - before
     parameters, stored = map(int, run.stdout.split())
     assert parameters == pytest.approx(107.77e9, rel=1e-3)  # text decoder of the published 109 B
     assert stored == pytest.approx(57.7e9, rel=0.02)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert peak < 2 << 30, f"peak {peak / 2**30:.2f} GiB"
-    assert elapsed < 60, f"{elapsed:.0f} s"

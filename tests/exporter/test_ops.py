@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+
 from corral.exporter.ops import CUSTOM_OPS, attention, moe
 from corral.exporter.ops.custom_op import DOMAIN, OPSET, VERSION
 from corral.model.text import ChunkedAttention, Experts, Rotary
@@ -28,7 +29,7 @@ def single_node_model(
     op_type = body.name
     values = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
               for n, a in inputs.items()]  # fmt: skip
-    names = [value.name for value in body.outputs]
+    names = [value.name or "" for value in body.outputs]
     outputs = [
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [f"{name}_{i}" for i in range(rank)])
         for name, rank in zip(names, ranks, strict=True)
@@ -102,7 +103,11 @@ def test_attention_body_equals_the_model(tiny_config: Config, form: str, index: 
     want = core(query, key, value, rotary, positions, past_key, past_value, past_length)
     inputs = {"query": query, "key": key, "value": value}
     inputs |= {"past_key": past_key, "past_value": past_value, "past_length": past_length}
-    attributes = {"num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads, "chunk_size": 0}
+    attributes: dict[str, Any] = {
+        "num_heads": config.num_attention_heads,
+        "kv_num_heads": config.num_key_value_heads,
+        "chunk_size": 0,
+    }
     if layer.rope:
         inputs |= {"cos": rotary.cos_BSd, "sin": rotary.sin_BSd}
         attributes["qk_norm_epsilon"] = config.rms_norm_eps if config.use_qk_norm else 0.0

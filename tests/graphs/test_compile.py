@@ -12,12 +12,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from corral.graphs import compile
 from corral.graphs.stages import export_stage, lower_stage, quantize_stage
 from corral.spec.bundle import open_bundle
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.recipe import Recipe
-from safetensors.torch import load_file, save_file
 
 Bundle = Callable[[str, str, str], Path]
 Checkpoint = Callable[[str], Path]

@@ -6,29 +6,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corral.graphs.execute.job import plan_jobs, run_job
-from corral.graphs.execute.shards import shard_sizes
-from corral.spec.weight_plan import ALIGNMENT, Entry, Source, WeightPlan, step
 from hypothesis import given
 from hypothesis import strategies as st
+
+from corral.graphs.execute.job import plan_jobs, run_job
+from corral.graphs.execute.shards import shard_sizes
+from corral.graphs.execute.steps import STEPS
+from corral.graphs.quantize.rtn import rtn
+from corral.spec.weight_plan import ALIGNMENT, Entry, Source, WeightPlan, step
 
 MATRIX = np.arange(96 * 128, dtype=np.float32).reshape(96, 128) % 251 - 125
 SOURCE = Source("w", rows=(0, 96), columns=(0, 128))
 
 
 def read(source: Source) -> np.ndarray:
+    assert source.columns is not None
     return np.ascontiguousarray(MATRIX[slice(*source.rows), slice(*source.columns)])
 
 
 def codes_and_scales(layout: str) -> list[Entry]:
     """Codes and scales of one matrix: along the rows (as MatMulNBits) or the columns (as DequantizeLinear)."""
-    rtn: dict[str, Any] = {"bits": 4, "group_size": 32}
+    args: dict[str, Any] = {"bits": 4, "group_size": 32}
     cut: dict[str, Any] = {"cut": layout, "cut_multiple": 32 if layout == "columns" else 1, "pieces": (SOURCE,)}
     codes = {"rows": ((96, 4, 16), "uint8"), "columns": ((128, 96), "int4")}[layout]
     scales = {"rows": (96, 4), "columns": (4, 96)}[layout]
     return [
-        Entry("codes", codes[1], codes[0], steps=(step("rtn", "codes", **rtn), step(f"pack_{layout}", bits=4)), **cut),
-        Entry("scales", "float32", scales, steps=(step("rtn", "scales", **rtn), step(layout, dtype="float32")), **cut),
+        Entry("codes", codes[1], codes[0], steps=(step("rtn", "codes", **args), step(f"pack_{layout}", bits=4)), **cut),
+        Entry("scales", "float32", scales, steps=(step("rtn", "scales", **args), step(layout, dtype="float32")), **cut),
     ]
 
 
@@ -59,11 +63,13 @@ def test_a_small_limit_really_cuts() -> None:
 
 
 def test_codes_and_scales_share_one_read_and_one_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
-    from corral.graphs.execute import job as job_module
-
     calls = []
-    rtn = job_module.STEPS["rtn"]
-    monkeypatch.setitem(job_module.STEPS, "rtn", lambda *a, **k: calls.append(1) or rtn(*a, **k))
+
+    def counted(*args: Any, **arguments: Any) -> Any:
+        calls.append(arguments)
+        return rtn(*args, **arguments)
+
+    monkeypatch.setitem(STEPS, "rtn", counted)
     plan = WeightPlan({entry.name: entry for entry in codes_and_scales("rows")})
     (job,) = plan_jobs(plan, plan.placements())
     outputs = run_job(job, read)

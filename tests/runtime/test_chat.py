@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from corral.spec.errors import InputError
 HELLO = [{"role": "user", "content": "hello <b> & 'x'"}]
 
 
-def render(source: str, **variables: object) -> str:
+def render(source: str, **variables: Any) -> str:
     return ChatTemplate(source, {"bos_token": "<s>"}).render(HELLO, **variables)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from corral.runtime import LLM, SamplingParams
 from corral.runtime.embedding import EmbeddingTable
+from corral.runtime.tokenizer import Tokenizer
 from corral.spec.bundle import open_bundle
 from corral.spec.errors import EnvironmentProblem, InputError
 
@@ -49,12 +50,18 @@ def test_scores_are_the_references(llm: LLM, model: Any) -> None:
     assert sum(len(piece) for piece in llm.score_pieces(ids)) == 30
 
 
+def tokenizer_of(llm: LLM) -> Tokenizer:
+    assert llm.tokenizer is not None
+    return llm.tokenizer
+
+
 def test_one_prompt_or_many_texts_or_ids_give_the_same(llm: LLM) -> None:
-    ids = llm.tokenizer.encode("hello")
+    ids = tokenizer_of(llm).encode("hello")
     forms: list[Any] = ["hello", ["hello"], ids, [ids], np.array(ids), [np.array(ids)], ("hello",)]
     tokens = {llm.generate(form, GREEDY)[0].token_ids for form in forms}
     assert len(tokens) == 1
-    first, second = llm.generate(["hello", ids], [GREEDY, GREEDY])
+    mixed: list[Any] = ["hello", ids]
+    first, second = llm.generate(mixed, [GREEDY, GREEDY])
     assert {first.token_ids, second.token_ids} == tokens
     assert first.prompt_token_ids == tuple(ids)
     assert llm.generate([]) == []
@@ -63,7 +70,7 @@ def test_one_prompt_or_many_texts_or_ids_give_the_same(llm: LLM) -> None:
 def test_a_completion_says_all_of_it(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2)
     (completion,) = llm.generate("hello", params)
-    assert completion.text == llm.tokenizer.decode(completion.token_ids)
+    assert completion.text == tokenizer_of(llm).decode(completion.token_ids)
     assert completion.finish_reason == "length"
     assert completion.logprobs is not None
     assert [t.token_id for t in completion.logprobs] == list(completion.token_ids)
@@ -102,7 +109,7 @@ def test_the_end_token_ends_it_and_is_no_text(llm: LLM) -> None:
     assert completion.finish_reason == "stop"
     assert completion.token_ids[-1] == EOS
     assert len(completion.token_ids) == 4
-    assert completion.text == llm.tokenizer.decode(completion.token_ids[:-1])
+    assert completion.text == tokenizer_of(llm).decode(completion.token_ids[:-1])
 
 
 def test_the_end_token_may_be_ignored(llm: LLM) -> None:
@@ -131,7 +138,7 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
 def test_chat_uses_the_template(llm: LLM) -> None:
     messages = [{"role": "user", "content": "hi"}]
     (completion,) = llm.chat(messages, GREEDY)
-    assert completion.prompt_token_ids == tuple(llm.tokenizer.apply_chat_template(messages))
+    assert completion.prompt_token_ids == tuple(tokenizer_of(llm).apply_chat_template(messages))
     assert [c.token_ids for c in llm.chat([messages, messages], GREEDY)] == [completion.token_ids] * 2
     assert "".join(piece.text for piece in llm.chat_stream(messages, GREEDY)) == completion.text
 

@@ -103,7 +103,7 @@ def toy_logits(config: ModelConfig, weights: dict[str, np.ndarray], rows: np.nda
         scores = heads @ heads.transpose(0, 2, 1) / np.sqrt(DIM)
         visible = position[None] <= position[:, None]
         if layer.kv_class == "chunked":
-            chunk = config.attention_chunk_size
+            chunk = config.attention_chunk_size or count
             visible &= position[None] // chunk == position[:, None] // chunk
         scores = np.where(visible, scores, -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ BOS, EOT, START, END = 256, 257, 258, 259
 
 
 @pytest.fixture
-def tokenizer(make_bundle) -> Tokenizer:
+def tokenizer(make_bundle: Callable[[], Path]) -> Tokenizer:
     opened = open_tokenizer(open_bundle(make_bundle()))
     assert opened is not None
     return opened

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from corral.spec.model_config import ModelConfig, parse_config
 from corral.validate.build import Logits, Run
 

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from corral.validate.divergence import diverge, log_softmax, predict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from corral.validate.divergence import diverge, log_softmax, predict
 
 logits = hnp.arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
 

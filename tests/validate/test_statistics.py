@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from corral.validate.statistics import Estimate, distribution, estimate, exponential, spread
 
 
@@ -43,12 +44,12 @@ def test_one_prediction_has_no_error() -> None:
 
 
 def test_standard_error_is_honest_about_what_it_estimates() -> None:
-    # Of many samples, the spread of the means is what the standard error says on average.
+    # Over many samples, the means spread as wide as the standard error says on average: within 5 %, which is four
+    # times the 1.1 % to which 4000 samples tell it.
     random = np.random.default_rng(0)
-    samples = [
-        estimate([random.normal(effect, 1.0, 16) for effect in random.normal(0.0, 1.0, 40)]) for _ in range(400)
-    ]
-    assert np.std([s.mean for s in samples]) == pytest.approx(np.mean([s.stderr for s in samples]), rel=0.1)
+    samples = random.normal(0, 1, (4000, 40, 1)) + random.normal(0, 1, (4000, 40, 16))
+    found = [estimate(list(sample)) for sample in samples]
+    assert np.std([f.mean for f in found]) == pytest.approx(np.mean([f.stderr for f in found]), rel=0.05)
 
 
 def test_distribution_has_the_percentiles_of_all_predictions() -> None:
@@ -58,7 +59,8 @@ def test_distribution_has_the_percentiles_of_all_predictions() -> None:
 
 def test_exponential_carries_the_error_along() -> None:
     found = exponential(Estimate(math.log(4.0), 0.01))
-    assert (found.mean, found.stderr) == (pytest.approx(4.0), pytest.approx(0.04))
+    assert found.mean == pytest.approx(4.0)
+    assert found.stderr == pytest.approx(0.04)
 
 
 def test_exponential_of_a_hopeless_model_is_still_a_number() -> None:

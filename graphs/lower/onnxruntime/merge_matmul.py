@@ -1,0 +1,64 @@
+"""MatMulNBits of one input by q, k and v (or gate and up) -> one MatMulNBits and a Split: fewer, larger products.
+
+The stored rows of the matrices lie one after the other already, so merging is a matter of the plan: an entry with the
+pieces of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import tape
+
+from corral.exporter.capture import SCOPE
+from corral.graphs.lower.onnxruntime.contrib import CONTRIB
+from corral.graphs.model_and_plan import ModelAndPlan
+from corral.spec.weight_plan import Entry
+
+
+def merge_matmul(work: ModelAndPlan) -> bool:
+    """Merge the quantized projections of each module that read the same value."""
+    siblings: dict[tuple[str, ir.Value | None], list[ir.Node]] = {}
+    for node in work.nodes("MatMulNBits", CONTRIB):
+        module = node.metadata_props[SCOPE].rpartition(".")[0]
+        siblings.setdefault((module, node.inputs[0]), []).append(node)
+    groups = [nodes for nodes in siblings.values() if len(nodes) > 1]
+    for nodes in groups:
+        _merge(work, nodes)
+    return bool(groups)
+
+
+def _merge(work: ModelAndPlan, nodes: Sequence[ir.Node]) -> None:
+    weights = [
+        work.merge_weights([entry for node in nodes if (entry := work.entry_of(node.inputs[i]))], _joined)
+        for i in (1, 2)
+    ]  # fmt: skip
+    sizes = [node.attributes["N"].as_int() for node in nodes]
+    first = nodes[0]
+    attributes = {name: attribute.value for name, attribute in first.attributes.items()} | {"N": sum(sizes)}
+    build = tape.Tape()
+    product = build.op("MatMulNBits", [first.inputs[0], *weights], attributes, domain=CONTRIB)
+    lengths = work.constant(ir.tensor(np.array(sizes), name="split_" + "_".join(map(str, sizes))))
+    parts = build.op_multi_out("Split", [product, lengths], {"axis": -1}, num_outputs=len(nodes))
+    for node in build.nodes:
+        node.metadata_props[SCOPE] = first.metadata_props[SCOPE].rpartition(".")[0]
+    for node, part in zip(nodes, parts, strict=True):
+        node.outputs[0].replace_all_uses_with(part)
+    work.graph.insert_before(first, build.nodes)
+    work.graph.remove(nodes, safe=True)
+
+
+def _joined(entries: Sequence[Entry]) -> Entry:
+    """One entry of the rows of all, in order."""
+    first = entries[0]
+    return dataclasses.replace(
+        first,
+        name="+".join(entry.name for entry in entries),
+        shape=(sum(entry.shape[0] for entry in entries), *first.shape[1:]),
+        pieces=tuple(piece for entry in entries for piece in entry.pieces),
+        weight="+".join(entry.weight for entry in entries),
+        parameters=sum(entry.parameters for entry in entries),
+    )

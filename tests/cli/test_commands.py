@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+Corral = Callable[..., Any]
+TinyCheckpoint = Callable[[str], Path]
+TinyBundle = Callable[[str, str, str], Path]
+
+TEXT = "for name, value in sorted(headers.items()):\n    print(name, value)\n" * 4
+
+
+@pytest.fixture
+def bundle(tiny_bundle: TinyBundle) -> Path:
+    return tiny_bundle("scout", "cpu", "int4")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def bare(bundle: Path, tmp_path: Path) -> Path:
+    """The bundle without tokenizer."""
+    out = tmp_path / "bare"
+    shutil.copytree(bundle, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": None, "chat_template": None}))
+    return out
+
+
+def test_compile_reports_coverage_and_the_next_command(
+    corral: Corral, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text('weights = "int8"\ngroup_size = 64\n')
+    shown = corral("compile", tiny_checkpoint("scout"), "-o", out, "--recipe", recipe, "--group-size", 32).stdout
+    assert "int8 g32" in shown  # the option beats the file, the file beats the default
+    assert f"next: corral run {out}" in shown
+    again = corral("compile", tiny_checkpoint("scout"), "-o", out, "--group-size", 32, code=2)
+    assert "--fresh" in again.stderr
+    data = json.loads(
+        corral("compile", tiny_checkpoint("scout"), "-o", out, "--fresh", "--group-size", 32, "--json").stdout
+    )
+    assert data["recipe"] == {"target": "cpu", "weights": "int4", "method": "rtn", "group_size": 32}
+    assert data["bytes"] == sum(f.stat().st_size for f in out.iterdir() if f.name != "manifest.json")
+
+
+def test_stages_one_by_one_end_in_a_bundle_that_runs(
+    corral: Corral, tiny_checkpoint: TinyCheckpoint, bundle: Path, tmp_path: Path
+) -> None:
+    exported, quantized, ready = (tmp_path / name for name in ("exported", "quantized", "ready"))
+    assert f"next: corral quantize {exported}" in corral("export", tiny_checkpoint("scout"), "-o", exported).stdout
+    shown = corral("quantize", exported, "-o", quantized, "--weights", "int4", "--group-size", 32).stdout
+    assert f"next: corral lower {quantized}" in shown
+    assert f"next: corral run {ready}" in corral("lower", quantized, "-o", ready).stdout
+    assert (
+        corral("run", ready, "def f(", "--max-tokens", 8).stdout
+        == corral("run", bundle, "def f(", "--max-tokens", 8).stdout
+    )
+    assert (ready / "weights-00000.bin").read_bytes() == (bundle / "weights-00000.bin").read_bytes()
+
+
+def test_run_prints_the_completion_and_nothing_else(corral: Corral, bundle: Path) -> None:
+    shown = corral("run", bundle, "def f(", "--max-tokens", 12, "--ignore-eos").stdout
+    data = json.loads(corral("run", bundle, "def f(", "--max-tokens", 12, "--ignore-eos", "--json").stdout)
+    assert shown == data["text"] + "\n"
+    assert len(data["token_ids"]) == 12
+    assert data["finish_reason"] == "length"
+    assert data["timings"]["first_token"] > 0
+
+
+def test_run_reads_a_prompt_from_stdin(corral: Corral, bundle: Path) -> None:
+    assert (
+        corral("run", bundle, "-", "--max-tokens", 8, stdin="def f(").stdout
+        == corral("run", bundle, "def f(", "--max-tokens", 8).stdout
+    )
+
+
+def test_run_with_the_chat_template_differs(corral: Corral, bundle: Path) -> None:
+    raw, chat = (json.loads(corral("run", bundle, "hi", flag, "--json").stdout) for flag in ("--raw", "--chat"))
+    assert len(chat["prompt_token_ids"]) > len(raw["prompt_token_ids"])
+
+
+def test_same_seed_same_text(corral: Corral, bundle: Path) -> None:
+    options = ("--temperature", 1.0, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--seed", 7, "--json")
+    first, second = (json.loads(corral("run", bundle, "x", *options).stdout)["token_ids"] for _ in range(2))
+    assert first == second
+
+
+def test_run_without_tokenizer_is_refused(corral: Corral, bare: Path) -> None:
+    assert "has no tokenizer" in corral("run", bare, "hi", code=2).stderr
+
+
+def test_chat_takes_each_line_of_a_pipe_as_a_turn(corral: Corral, bundle: Path) -> None:
+    options = ("--max-tokens", 6, "--temperature", 0, "--ignore-eos")
+    once = corral("chat", bundle, *options, stdin="hello\n").stdout
+    both = corral("chat", bundle, *options, stdin="hello\n\n/reset\nhello\n/exit\nnever\n").stdout
+    assert both == once * 2
+    remembering = corral("chat", bundle, *options, stdin="hello\nhello\n").stdout
+    assert remembering.startswith(once) and remembering != once * 2
+    assert "/foo is not known" in corral("chat", bundle, stdin="/foo\n").stderr
+
+
+def test_chat_without_template_says_so_before_anybody_types(corral: Corral, bare: Path) -> None:
+    assert "has no tokenizer" in corral("chat", bare, stdin="", code=2).stderr
+
+
+def test_validate_prints_a_table_and_json(
+    corral: Corral, tiny_checkpoint: TinyCheckpoint, bundle: Path, text: Path
+) -> None:
+    arguments = ("validate", tiny_checkpoint("scout"), bundle, "--text", text, "--window", 64, "--repeats", 1)
+    shown = corral(*arguments).stdout
+    assert "(PyTorch)" in shown and bundle.name in shown
+    assert f"{len(TEXT)} predictions in 5 windows of 64 tokens" in shown
+    [candidate] = json.loads(corral(*arguments, "--json").stdout)["candidates"]
+    assert {"mean", "stderr", "p99"} <= candidate["kl"].keys()
+
+
+def test_a_broken_gate_shows_the_table_and_exits_1(
+    corral: Corral, tiny_bundle: TinyBundle, bundle: Path, text: Path
+) -> None:
+    fp32 = tiny_bundle("scout", "cpu", "fp32")
+    arguments = ("validate", fp32, bundle, "--text", text, "--window", 64, "--repeats", 1)
+    result = corral(*arguments, "--max-kl", 1e-9, "--json", code=1)
+    assert "mean KL divergence is" in result.stderr
+    assert json.loads(result.stdout)["candidates"][0]["kl"]["mean"] > 1e-9
+    corral(*arguments, "--max-kl", 10, "--min-top1", 0, "--max-perplexity-ratio", 10)
+
+
+def test_validate_takes_token_ids(corral: Corral, bare: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(200))
+    data = json.loads(
+        corral("validate", bare, bare, "--token-ids", tmp_path / "ids.npy", "--repeats", 1, "--json").stdout
+    )
+    assert data["measured"]["predictions"] == 199
+    assert data["candidates"][0]["kl"]["max"] == 0.0
+
+
+def test_inspect_says_what_a_bundle_is(corral: Corral, bundle: Path) -> None:
+    shown = corral("inspect", bundle).stdout
+    for fact in ("ready", "5 layers (4 rope, 1 nope), 8 experts", "int4 g32", "tokenizer.json", f"corral run {bundle}"):
+        assert fact in shown
+    data = json.loads(corral("inspect", bundle, "--json").stdout)
+    assert data["recipe"]["weights"] == "int4"
+    assert data["model"]["vocab_size"] == 320
+
+
+def test_inspect_plan_leads_from_stored_tensor_to_checkpoint(corral: Corral, bundle: Path) -> None:
+    name = next(
+        e["name"] for e in json.loads(corral("inspect", bundle, "--plan", "--json").stdout) if "codes" in e["name"]
+    )
+    shown = corral("inspect", "--plan", bundle, name).stdout
+    assert "rtn bits=4 group_size=32 -> codes" in shown
+    assert "<- model.layers." in shown
+    [entry] = json.loads(corral("inspect", bundle, "--plan", name, "--json").stdout)
+    assert entry["offset"] % 4096 == 0
+    several = json.loads(corral("inspect", bundle, "--plan", "layers.0.*", "--json").stdout)
+    assert len(several) > 3 and all("layers.0." in e["name"] for e in several)
+    assert 'has no tensor "nothing"' in corral("inspect", bundle, "--plan", "nothing", code=2).stderr
+
+
+def test_inspect_name_without_plan_is_refused(corral: Corral, bundle: Path) -> None:
+    assert "belongs to --plan" in corral("inspect", bundle, "x", code=2).stderr
+
+
+def test_inspect_graph_counts_operators_by_domain(corral: Corral, bundle: Path) -> None:
+    [graph] = json.loads(corral("inspect", bundle, "--graph", "--json").stdout)
+    assert graph["operators"]["com.microsoft::QMoE"] == 5
+    assert "QMoE" in corral("inspect", bundle, "--graph").stdout
+
+
+def test_inspect_coverage_and_files_add_up(corral: Corral, bundle: Path) -> None:
+    files = json.loads(corral("inspect", bundle, "--files", "--json").stdout)
+    assert {f["path"]: f["bytes"] for f in files} == {
+        f.name: f.stat().st_size for f in bundle.iterdir() if f.name != "manifest.json"
+    }
+    coverage = json.loads(corral("inspect", bundle, "--coverage", "--json").stdout)
+    weights = (bundle / "weights-00000.bin").stat().st_size
+    assert 0 <= weights - sum(c["bytes"] for c in coverage) < weights
+
+
+def test_inspect_verify_finds_a_flipped_byte(corral: Corral, bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    assert "every file is as the manifest says" in corral("inspect", copy, "--verify").stdout
+    data = bytearray((copy / "weights-00000.bin").read_bytes())
+    data[1000] ^= 1
+    (copy / "weights-00000.bin").write_bytes(data)
+    assert "weights-00000.bin has SHA-256" in corral("inspect", copy, "--verify", code=2).stderr

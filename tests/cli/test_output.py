@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from corral.cli.progress import amount, plain_progress
+from corral.cli.tables import Table, print_json, print_table
+
+TABLE = Table(columns=("build", "KL>"), rows=[("a" * 200, "0.0121 ± 0.0004"), ("b", "[bold]0[/bold]")])
+
+
+def test_a_pipe_gets_whole_rows_without_colour(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(TABLE)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].split() == ["a" * 200, "0.0121", "±", "0.0004"]
+    assert lines[2].split() == ["b", "[bold]0[/bold]"]  # what a cell says is not markup
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_narrow_terminal_gets_spreads_below_their_values(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "24")
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_table(Table(columns=("build", "KL>"), rows=[("int4", "0.0121 ± 0.0004")]))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [["int4", "0.0121"], ["±", "0.0004"]]
+
+
+def test_json_is_standard(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"name": "é", "kl": None})
+    assert json.loads(capsys.readouterr().out) == {"name": "é", "kl": None}
+    with pytest.raises(ValueError, match="JSON"):
+        print_json({"kl": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "unit", "text"),
+    [
+        (61e9, 120e9, "bytes", "61.0 GB of 120.0 GB"),
+        (187e6, 1e9, "parameters", "187.0 M of 1.0 B parameters"),
+        (412, 768, "jobs", "412 of 768 jobs"),
+        (0, 0, "", ""),
+    ],
+)
+def test_amounts_carry_their_unit(done: float, total: float, unit: str, text: str) -> None:
+    assert amount(done, total, unit) == text
+
+
+def test_a_log_gets_a_line_every_two_seconds_and_none_for_quick_work() -> None:
+    now, lines = [0.0], list[str]()
+    progress = plain_progress(clock=lambda: now[0], write=lines.append)
+    for tick in range(21):
+        now[0] = tick / 4
+        progress("score", tick, 20, "tokens")
+    assert lines == ["score 8 of 20 tokens", "score 16 of 20 tokens"]
