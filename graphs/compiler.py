@@ -29,10 +29,9 @@ def compile(
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
     """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read."""
-    progress("graph", 0, 1, "graphs")
+    progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
     work = ModelAndPlan(model, plan, checkpoint.config, recipe)
     for phase in phases(recipe.target):
         run_phase(phase, work)
-    progress("graph", 1, 1, "graphs")
     return work
