@@ -12,6 +12,7 @@ from typing import Any
 from corral.spec.errors import InputError
 from corral.spec.model_config import ModelConfig, parse_config
 
+SYNTHETIC = "synthetic:"  # before a preset's name: a checkpoint of made-up weights
 # What the herd shares. `config` of a preset adds to it or overrides it.
 HERD: dict[str, Any] = {
     "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,

@@ -27,9 +27,8 @@ from torch import Tensor
 from corral.model.checkpoint.names import EMBEDDING, FORMS, expected_parameters
 from corral.model.checkpoint.store import TensorInfo
 from corral.spec.errors import InputError
-from corral.spec.presets import Preset, preset_named
+from corral.spec.presets import SYNTHETIC, Preset, preset_named
 
-PREFIX = "synthetic:"
 SPELLING = re.compile(r"synthetic:(?P<preset>[^?]*)(\?layers=(?P<first>\d{1,4})(-(?P<last>\d{1,4}))?)?")
 POOL = 1 << 22  # numbers: 8 MiB of bfloat16, which the largest cache of a CPU holds, or nearly
 OUTLIER_EVERY, OUTLIER_FACTOR = 1024, 8.0
@@ -83,7 +82,7 @@ class SyntheticStore:
 
 def is_synthetic(path: object) -> bool:
     """Whether a checkpoint's name is `synthetic:…`."""
-    return str(path).startswith(PREFIX)
+    return str(path).startswith(SYNTHETIC)
 
 
 def parse_synthetic(name: str) -> tuple[Preset, tuple[int, int] | None]:
