@@ -16,6 +16,7 @@ from corral.cli.failure import INTERRUPTED, Failure, explain, show
 # In the order of --help: the way of a model first, then its stages one by one, then helpers. One module each, which
 # holds a `command`.
 COMMANDS = (
+    "plan",
     "compile",
     "run",
     "chat",

@@ -180,6 +180,5 @@ def _record(out: Path, name: str, progress: Progress) -> FileRecord:
 
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:
     """Which checkpoint this came from. An unfinished stage must find it again; a finished bundle is free of paths."""
-    config = (checkpoint.directory / "config.json").read_bytes()
-    source = {"name": checkpoint.directory.resolve().name, "config_sha256": hashlib.sha256(config).hexdigest()}
-    return source if stage == "ready" else {**source, "checkpoint": str(checkpoint.directory.resolve())}
+    source = {"name": Path(checkpoint.location).name, "config_sha256": checkpoint.config_sha256}
+    return source if stage == "ready" else {**source, "checkpoint": checkpoint.location}

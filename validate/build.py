@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from corral.spec.errors import InputError
 from corral.spec.manifest import MANIFEST_NAME
 from corral.spec.model_config import ModelConfig
+from corral.spec.presets import SYNTHETIC
 from corral.spec.progress import Progress, silent
 
 Logits = NDArray[np.float32]  # [tokens, vocab]
@@ -120,7 +121,7 @@ def open_build(path: Path, *, provider: str, threads: int | None, progress: Prog
     """Open a checkpoint or bundle directory. Raises InputError where it is neither."""
     if (path / MANIFEST_NAME).is_file():
         return BundleBuild(path, provider=provider, threads=threads, progress=progress)
-    if (path / CONFIG_NAME).is_file():
+    if (path / CONFIG_NAME).is_file() or str(path).startswith(SYNTHETIC):
         return CheckpointBuild(path, threads=threads)
     found = "does not exist" if not path.exists() else f"holds neither {MANIFEST_NAME} nor {CONFIG_NAME}"
     raise InputError(

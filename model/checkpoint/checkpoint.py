@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 from corral.model.checkpoint import tokenizer_files
 from corral.model.checkpoint.names import EMBEDDING, HEAD
 from corral.model.checkpoint.store import TensorInfo, TensorStore
+from corral.model.checkpoint.synthetic import is_synthetic
 from corral.spec.errors import InputError
 from corral.spec.model_config import ModelConfig
 from corral.spec.weight_plan import Source
@@ -80,6 +83,20 @@ class Checkpoint:
     def special_tokens(self) -> dict[str, str]:
         """Role -> token, as in {"bos_token": "<|begin_of_text|>"}."""
         return tokenizer_files.read_special_tokens(self.directory)
+
+    @property
+    def location(self) -> str:
+        """What opens this checkpoint again from another working directory."""
+        return str(self.directory if is_synthetic(self.directory) else self.directory.resolve())
+
+    @property
+    def config_sha256(self) -> str:
+        """Of `config.json`; a synthetic checkpoint has none, and its config itself is hashed."""
+        if is_synthetic(self.directory):
+            data = json.dumps(self.config.to_json(), sort_keys=True).encode()
+        else:
+            data = (self.directory / "config.json").read_bytes()
+        return hashlib.sha256(data).hexdigest()
 
     def _view(self, source: Source) -> Tensor:
         """What `Source` describes, as a view that may alias the file. A slice out of bounds is a mistake of ours."""

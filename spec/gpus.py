@@ -1,0 +1,56 @@
+"""GPUs one may serve on: memory as the driver reports it, bandwidth and compute capability as NVIDIA's data sheets say.
+
+Sources: the data sheets "H100", "H200", "A100 80GB", "L4", "L40S", "HGX B200", "GeForce RTX 4090", "GeForce RTX 5090";
+MiB as `nvidia-smi` shows them with ECC on where the card has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corral.spec.errors import InputError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of device, or a host of `count` of them."""
+
+    name: str
+    title: str
+    memory_bytes: int  # of one device
+    bandwidth: float  # bytes a second, of one device
+    capability: str
+    count: int = 0  # of a host, which cannot have more; 0: any number
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(name="h100", title="H100 80 GB", memory_bytes=81559 * MIB, bandwidth=3.35e12, capability="9.0"),
+        Gpu(name="h200", title="H200 141 GB", memory_bytes=143771 * MIB, bandwidth=4.8e12, capability="9.0"),
+        Gpu(name="b200", title="B200 180 GB", memory_bytes=183359 * MIB, bandwidth=7.7e12, capability="10.0"),
+        Gpu(name="a100", title="A100 80 GB", memory_bytes=81920 * MIB, bandwidth=2.039e12, capability="8.0"),
+        Gpu(name="a100-40", title="A100 40 GB", memory_bytes=40960 * MIB, bandwidth=1.555e12, capability="8.0"),
+        Gpu(name="l40s", title="L40S 48 GB", memory_bytes=46068 * MIB, bandwidth=0.864e12, capability="8.9"),
+        Gpu(name="l4", title="L4 24 GB", memory_bytes=23034 * MIB, bandwidth=0.3e12, capability="8.9"),
+        Gpu(name="rtx4090", title="RTX 4090 24 GB", memory_bytes=24564 * MIB, bandwidth=1.008e12, capability="8.9"),
+        Gpu(name="rtx5090", title="RTX 5090 32 GB", memory_bytes=32607 * MIB, bandwidth=1.792e12, capability="12.0"),
+        Gpu(
+            name="dgx-h100",
+            title="DGX H100 host (8 GPUs)",
+            memory_bytes=81559 * MIB,
+            bandwidth=3.35e12,
+            capability="9.0",
+            count=8,
+        ),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Look a GPU up. Raises InputError naming those there are."""
+    if name.lower() not in GPUS:
+        raise InputError(f'GPU "{name[:80]}" is not known; expected one of {", ".join(GPUS)}.')
+    return GPUS[name.lower()]

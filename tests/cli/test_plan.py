@@ -1,0 +1,52 @@
+"""`corral plan` says what fits where, for presets and checkpoints, without reading weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Corral = Callable[..., Any]
+
+
+def test_scout_at_128k(corral: Corral) -> None:
+    shown = corral("plan", "scout").stdout
+    for fact in ("107.8 B parameters", "17.2 B active", "36 rope, 12 nope", "1 × H100", "vision tower"):  # noqa: RUF001
+        assert fact in shown
+    data = json.loads(corral("plan", "scout", "--json").stdout)
+    assert data["parameters"]["total"] == 107_769_861_120
+    assert data["fits"] is True and data["compile_peak_bytes"] > 0 and data["kv_bytes"] > 7e9
+    assert data["weights_bytes"] == data["builds"]["int4"]["weights_bytes"] < data["builds"]["bf16"]["weights_bytes"]
+
+
+def test_what_does_not_fit_says_what_would(corral: Corral) -> None:
+    shown = corral("plan", "scout", "--context", "10M", "--gpu", "dgx-h100", "--weights", "int4").stdout
+    assert "does not fit; 12 × H100 80 GB would" in shown  # noqa: RUF001
+
+
+def test_behemoth_says_what_is_inferred(corral: Corral) -> None:
+    assert "inferred, not published: " in corral("plan", "behemoth", "--price-per-hour", 2.5).stdout
+
+
+def test_a_checkpoint_and_its_exact_plan(corral: Corral, tiny_checkpoint: Callable[[str], Path]) -> None:
+    options = ("--group-size", 32, "--exact", "--weights", "int8", "--json")
+    data = json.loads(corral("plan", tiny_checkpoint("scout"), *options).stdout)
+    assert data["exact_weights_bytes"] == data["weights_bytes"]
+    assert data["context"] == 4096  # all that the model has
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "nowhere is neither a checkpoint directory nor a preset; presets: scout"),
+        (["scout", "--context", "lots"], "such as 131072, 128k or 10M"),
+        (["scout", "--context", "11M"], "expected 1 to the model's 10485760"),
+        (["scout", "--gpu", "abacus"], "expected one of h100"),
+        (["scout", "--group-size", "7"], "expected one of 32, 64, 128"),
+    ],
+)
+def test_mistakes(corral: Corral, arguments: list[str], says: str) -> None:
+    assert says in corral("plan", *arguments, code=2).stderr
