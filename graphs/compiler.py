@@ -7,8 +7,8 @@ from pathlib import Path
 from corral.exporter.export import export
 from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
-from corral.graphs.pipeline import phases, run_phase
 from corral.graphs.out_directory import check_out
+from corral.graphs.pipeline import phases, run_phase
 from corral.graphs.write_bundle import write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint

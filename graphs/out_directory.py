@@ -125,5 +125,7 @@ def _explained(out: Path, error: BaseException, journal: Journal | None) -> Base
 def _disk_problem(out: Path, error: OSError, kept: str) -> EnvironmentProblem:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         nothing = "" if kept else " Nothing was left there."
-        return EnvironmentProblem(f"the disk of {out} is full. Make room and run the same command again.{kept}{nothing}")
+        return EnvironmentProblem(
+            f"the disk of {out} is full. Make room and run the same command again.{kept}{nothing}"
+        )
     return EnvironmentProblem(f"{out} cannot be written: {error}.{kept}")

@@ -32,7 +32,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
-            raise InputError(f"--jobs is {self.jobs}; expected at least 1: the number of processes that compute weights.")
+            raise InputError(
+                f"--jobs is {self.jobs}; expected at least 1: the number of processes that compute weights."
+            )
 
     def workers(self, jobs: Sequence[Job]) -> int:
         """Processes for these jobs."""
