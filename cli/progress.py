@@ -60,7 +60,7 @@ def show_progress() -> Iterator[Progress]:
         def report(what: str, done: float, total: float, unit: str) -> None:
             if what not in tasks:
                 # What an earlier run has done does not count as speed.
-                tasks[what] = bars.add_task(what, total=total or None, completed=done, amount="", rate="")
+                tasks[what] = bars.add_task(what, total=total or None, completed=int(done), amount="", rate="")
             speed = next((task.speed for task in bars.tasks if task.id == tasks[what]), None)
             bars.update(
                 tasks[what],
