@@ -57,8 +57,10 @@ class Corral(click.Group):
             # Whoever read has enough (`corral … | head`); the interpreter must not complain when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
-        except (click.Abort, KeyboardInterrupt):
-            code = show(Failure("stopped by Ctrl-C.", INTERRUPTED), prefix="")
+        except (click.Abort, KeyboardInterrupt) as stop:
+            # click hides the interrupt, and what it says of the work done until then, behind an Abort.
+            words = str(stop.__cause__ if isinstance(stop, click.Abort) else stop)
+            code = show(Failure(words if " " in words else "stopped by Ctrl-C.", INTERRUPTED), prefix="")
         except Exception as error:
             failure = explain(error)
             if failure is None:

@@ -29,6 +29,14 @@ def amount(done: float, total: float, unit: str) -> str:
     return f"{written(done)} of {written(total)}{behind}"
 
 
+def rate(unit: str, per_second: float | None) -> str:
+    """How fast work goes: "187.0 M parameters/s"; "" where nobody knows, and for units that are merely counted."""
+    if not per_second or unit not in UNITS:
+        return ""
+    written, behind = UNITS[unit]
+    return f"{written(per_second)}{behind}/s"
+
+
 @contextmanager
 def show_progress() -> Iterator[Progress]:
     """Yield a Progress that shows on stderr; a bar is gone afterwards, and results stay alone on the screen."""
@@ -43,6 +51,7 @@ def show_progress() -> Iterator[Progress]:
         TextColumn("  {task.description:<12}"),
         BarColumn(bar_width=28),
         TextColumn("{task.fields[amount]}"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with RichProgress(*columns, console=Console(file=sys.stderr), transient=True) as bars:
@@ -50,8 +59,16 @@ def show_progress() -> Iterator[Progress]:
 
         def report(what: str, done: float, total: float, unit: str) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total or None, amount="")
-            bars.update(tasks[what], completed=done, total=total or None, amount=amount(done, total, unit))
+                # What an earlier run has done does not count as speed.
+                tasks[what] = bars.add_task(what, total=total or None, completed=int(done), amount="", rate="")
+            speed = next((task.speed for task in bars.tasks if task.id == tasks[what]), None)
+            bars.update(
+                tasks[what],
+                completed=done,
+                total=total or None,
+                amount=amount(done, total, unit),
+                rate=rate(unit, speed),
+            )
 
         yield report
 

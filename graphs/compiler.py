@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from corral.exporter.export import export
+from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.out_directory import check_out
 from corral.graphs.pipeline import phases, run_phase
-from corral.graphs.write_bundle import check_out, write_bundle
+from corral.graphs.write_bundle import write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.bundle import Bundle
@@ -16,15 +18,24 @@ from corral.spec.recipe import Recipe
 
 
 def compile(
-    checkpoint: str | Path, out: str | Path, recipe: Recipe, *, fresh: bool = False, progress: Progress = silent
+    checkpoint: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    jobs: int | None = None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Compile a checkpoint directory into a bundle at `out`; `fresh` replaces a bundle that is there.
 
+    `jobs` processes compute the weights (None: as many as pay off here). Killed at any moment, the same call goes on.
     Raises InputError for a bad checkpoint, recipe or output directory, EnvironmentProblem where the disk is too small.
     """
+    how = Execution(jobs=jobs)
     check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
     source = open_checkpoint(Path(checkpoint))
-    return write_bundle(lower(source, recipe, progress=progress), source, Path(out), fresh=fresh, progress=progress)
+    work = lower(source, recipe, progress=progress)
+    return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:

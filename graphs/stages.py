@@ -11,9 +11,11 @@ import onnx_ir as ir
 from corral.exporter.bind_weights import EMBEDDING_ENTRY
 from corral.exporter.export import export
 from corral.exporter.planned_tensor import replace_initializer
+from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.out_directory import PLAN_FILE, check_out
 from corral.graphs.pipeline import LOWER, QUANTIZE, SIMPLIFY, run_phase
-from corral.graphs.write_bundle import PLAN_FILE, check_out, write_bundle
+from corral.graphs.write_bundle import write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.bundle import Bundle, open_bundle
@@ -49,13 +51,20 @@ def quantize_stage(
 
 
 def lower_stage(
-    bundle: str | Path, out: str | Path, recipe: Recipe, *, fresh: bool = False, progress: Progress = silent
+    bundle: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    jobs: int | None = None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Lower a quantized bundle to the recipe's target, compute its weights and write the finished bundle."""
+    how = Execution(jobs=jobs)
     check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "quantized", recipe)
     run_phase(LOWER[recipe.target], work)
-    return write_bundle(work, source, Path(out), fresh=fresh, progress=progress)
+    return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 
 
 def _open_stage(directory: Path, stage: Stage, recipe: Recipe) -> tuple[ModelAndPlan, Checkpoint]:

@@ -1,36 +1,44 @@
 """A finished graph and plan -> a bundle directory: weights, graph, tokenizer, then the manifest, last.
 
-Every file is written under a temporary name, synced and renamed. Where anything fails, what was written is removed.
+Every file is written under a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from corral.exporter.bind_weights import EMBEDDING_ENTRY
 from corral.graphs.coverage import coverage
 from corral.graphs.execute.execute import execute
-from corral.graphs.execute.shards import PARTIAL, shard_name, shard_sizes
+from corral.graphs.execute.execution import Execution, usable_cpus
+from corral.graphs.execute.job import plan_jobs
+from corral.graphs.execute.journal import compile_key
+from corral.graphs.execute.shards import PARTIAL, Shards, shard_name, shard_sizes
 from corral.graphs.graph_file import graph_bytes
+from corral.graphs.hash_files import hash_files
 from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.out_directory import (
+    GRAPH_FILE,
+    PLAN_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    bundle_directory,
+)
 from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.identity import checkpoint_identity
 from corral.spec.bundle import Bundle, remember_verified
-from corral.spec.errors import CorralError, EnvironmentProblem, InputError
+from corral.spec.errors import EnvironmentProblem
 from corral.spec.kv_layout import kv_layouts
 from corral.spec.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
     MANIFEST_NAME,
-    FileRecord,
     GraphRecord,
     Manifest,
     Stage,
@@ -38,13 +46,6 @@ from corral.spec.manifest import (
 )
 from corral.spec.progress import Progress, silent
 from corral.spec.target import target_named
-
-GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE = (
-    "decoder.onnx",
-    "plan.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-)
 
 
 def write_bundle(
@@ -54,17 +55,22 @@ def write_bundle(
     *,
     stage: Stage = "ready",
     fresh: bool = False,
+    how: Execution | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Write `out`. A bundle of an earlier stage ("exported", "quantized") holds graph and plan, and no weights.
 
-    Raises InputError where `out` holds something else or a weight is damaged, EnvironmentProblem where the disk is full.
+    What an unfinished compile of the same plan and checkpoint left in `out` is gone on with. Raises InputError where
+    `out` holds something else or a weight is damaged, EnvironmentProblem where the disk is full or a worker is lost.
     """
+    how = how or Execution()
     placements = work.plan.placements()
-    sizes = shard_sizes(placements) if stage == "ready" else {}
-    with _directory_for_bundle(out, fresh=fresh):
-        _check_disk_space(out, sum(sizes.values()))
-        names = execute(work.plan, out, checkpoint.read, progress=progress) if stage == "ready" else []
+    jobs = plan_jobs(work.plan, placements, how.job_elements) if stage == "ready" else []
+    shards = Shards(out, shard_sizes(placements) if stage == "ready" else {})
+    key = compile_key(jobs, stage, version("corral"), checkpoint_identity(checkpoint))
+    with bundle_directory(out, key=key, what=_in_words(work, checkpoint), jobs=len(jobs), fresh=fresh) as journal:
+        _check_disk_space(shards)
+        names = execute(jobs, shards, checkpoint.read, journal, how, progress)
         names.append(_write(out, GRAPH_FILE, graph_bytes(work, placements)))
         names.append(_write(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
         tokenizer, template = checkpoint.tokenizer_path, checkpoint.chat_template()
@@ -92,7 +98,7 @@ def write_bundle(
             tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
             chat_template=TEMPLATE_FILE if template is not None else None,
             special_tokens=checkpoint.special_tokens(),
-            files=tuple(_record(out, name, progress) for name in names),
+            files=hash_files(out, names, threads=how.jobs or usable_cpus(), progress=progress),
         )
         _write(out, MANIFEST_NAME, manifest.dumps().encode())
     bundle = Bundle(out, manifest)
@@ -100,64 +106,18 @@ def write_bundle(
     return bundle
 
 
-def check_out(out: Path, *, fresh: bool) -> None:
-    """Raise InputError unless a bundle may be written to `out`: new, empty, or with `fresh` an older bundle."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError(f"{out} is a file; expected a directory to write the bundle into. Choose another -o.")
-    if any(out.iterdir()):
-        if not (out / MANIFEST_NAME).is_file():
-            raise InputError(
-                f"{out} holds something that is no bundle ({next(out.iterdir()).name}, …); it is left as it is. "
-                "Choose another -o, or an empty directory."
-            )
-        if not fresh:
-            raise InputError(f"{out} holds a bundle already. Choose another -o, or add --fresh to replace it.")
+def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:
+    recipe = work.recipe.to_json()
+    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items())
+    return f"{checkpoint.directory.resolve().name} ({words})"
 
 
-@contextmanager
-def _directory_for_bundle(out: Path, *, fresh: bool) -> Iterator[None]:
-    """A directory to write a bundle into. Emptied again on failure."""
-    check_out(out, fresh=fresh)
-    existed = out.exists()
-    if existed:
-        _remove_files(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as error:
-        if out.is_dir():
-            _remove_files(out)
-            if not existed:
-                out.rmdir()
-        if isinstance(error, OSError) and not isinstance(error, CorralError):
-            raise _disk_error(out, error) from error
-        raise
-
-
-def _remove_files(out: Path) -> None:
-    """Remove a bundle's files, and nothing that corral did not write."""
-    ours = (GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE, MANIFEST_NAME)
-    for path in out.iterdir():
-        name = path.name.removesuffix(PARTIAL)
-        if name in ours or (name.startswith("weights-") and name.endswith(".bin")):
-            path.unlink()
-
-
-def _disk_error(out: Path, error: OSError) -> EnvironmentProblem:
-    if error.errno == errno.ENOSPC:
-        return EnvironmentProblem(
-            f"the disk of {out} is full; what was written is removed. Make room and run it again."
-        )
-    return EnvironmentProblem(f"{out} cannot be written: {error}.")
-
-
-def _check_disk_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
+def _check_disk_space(shards: Shards) -> None:
+    needed, free = shards.missing_bytes(), shutil.disk_usage(shards.directory).free
     if needed > free:
         raise EnvironmentProblem(
-            f"{out} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free. Make room, or choose another -o."
+            f"{shards.directory} needs {needed / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free. "
+            "Make room, or choose another -o."
         )
 
 
@@ -169,13 +129,6 @@ def _write(out: Path, name: str, data: bytes) -> str:
         os.fsync(file.fileno())
     os.replace(path, out / name)
     return name
-
-
-def _record(out: Path, name: str, progress: Progress) -> FileRecord:
-    path = out / name
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path=name, bytes=path.stat().st_size, sha256=digest)
 
 
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:

@@ -14,6 +14,7 @@ from corral.spec.errors import InputError
 from corral.spec.kv_layout import KvLayout
 from corral.spec.model_config import ModelConfig
 from corral.spec.recipe import Recipe
+from corral.spec.unfinished import read_journal
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
@@ -95,6 +96,11 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.exists():
         raise InputError(f"{directory} does not exist; expected a bundle made by `corral compile`.")
     if not path.is_file():
+        if (unfinished := read_journal(directory)) is not None:
+            raise InputError(
+                f"{directory} is an unfinished compile ({unfinished}). "
+                "Run the same `corral compile` command again to finish it, or add --fresh to start over."
+            )
         raise InputError(
             f"{directory} holds no {MANIFEST_NAME}: it is no bundle, or an unfinished compile. "
             "Run `corral compile CHECKPOINT -o OUT` to make one."

@@ -1,38 +1,76 @@
-"""Execute a plan: every job, one after the other, into shards."""
+"""Execute a plan's jobs into shards, and journal each as soon as its bytes are durable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.graphs.execute.job import plan_jobs, run_job
-from corral.graphs.execute.shards import ShardWriter
+from corral.graphs.execute.execution import Execution
+from corral.graphs.execute.executors import RunJob
+from corral.graphs.execute.job import Job
+from corral.graphs.execute.journal import Journal
+from corral.graphs.execute.shards import Shards
 from corral.spec.progress import Progress, silent
-from corral.spec.weight_plan import Source, WeightPlan
+from corral.spec.weight_plan import Source
 
 
 def execute(
-    plan: WeightPlan,
-    directory: Path,
+    jobs: Sequence[Job],
+    shards: Shards,
     read: Callable[[Source], NDArray[np.float32]],
-    *,
+    journal: Journal,
+    how: Execution,
     progress: Progress = silent,
 ) -> list[str]:
-    """Write the plan's shards into `directory`; returns their names. Peak memory is that of one job.
+    """Write the shards of the jobs' plan; returns their names. Peak memory is that of one job in each process.
 
-    Raises what `read` raises (InputError for damaged weights) and OSError where the disk refuses.
+    Jobs that the journal knows are not run again. Raises what `read` raises (InputError for damaged weights) and OSError
+    where the disk refuses; what was finished until then is in the journal.
     """
-    placements = plan.placements()
-    jobs = plan_jobs(plan, placements)
+    kept = shards.prepare()
+    journal.forget([i for i, job in enumerate(jobs) if not kept.issuperset(o.shard for o in job.outputs)])
+    left = [(i, job) for i, job in enumerate(jobs) if i not in journal.done]
+    batch = _Batch(jobs, shards, journal, how)
     total = sum(job.elements for job in jobs)
-    done = 0
-    with ShardWriter(directory, placements) as shards:
-        for job in jobs:
-            for output, data in run_job(job, read):
-                shards.write(output.shard, output.offset, data)
-            done += job.elements
-            progress("weights", done, total, "parameters")
-        return shards.finish()
+    done = total - sum(job.elements for _, job in left)
+    progress("weights", done, total, "parameters")
+    executor = how.executor_for([job for _, job in left])
+    try:
+        with closing(executor.run(RunJob(read, shards), left)) as finished:
+            for index, digests in finished:
+                batch.add(index, digests)
+                done += jobs[index].elements
+                progress("weights", done, total, "parameters")
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            batch.commit()
+        raise
+    batch.commit()
+    return shards.finish()
+
+
+class _Batch:
+    """Finished jobs whose bytes may still be in the operating system's memory only."""
+
+    def __init__(self, jobs: Sequence[Job], shards: Shards, journal: Journal, how: Execution) -> None:
+        self.jobs, self.shards, self.journal, self.how = jobs, shards, journal, how
+        self.finished: dict[int, tuple[str, ...]] = {}
+        self.bytes = 0
+        self.since = time.monotonic()
+
+    def add(self, index: int, digests: tuple[str, ...]) -> None:
+        self.finished[index] = digests
+        self.bytes += sum(output.nbytes for output in self.jobs[index].outputs)
+        if self.bytes >= self.how.sync_bytes or time.monotonic() - self.since >= self.how.sync_seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the bytes durable, and then say so in the journal."""
+        if self.finished:
+            self.shards.sync({output.shard for index in self.finished for output in self.jobs[index].outputs})
+            self.journal.append(self.finished)
+        self.finished, self.bytes, self.since = {}, 0, time.monotonic()

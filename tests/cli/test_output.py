@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from corral.cli.progress import amount, plain_progress
+from corral.cli.progress import amount, plain_progress, rate
 from corral.cli.tables import Table, print_json, print_table
 
 TABLE = Table(columns=("build", "KL>"), rows=[("a" * 200, "0.0121 ± 0.0004"), ("b", "[bold]0[/bold]")])
@@ -56,3 +56,9 @@ def test_a_log_gets_a_line_every_two_seconds_and_none_for_quick_work() -> None:
         now[0] = tick / 4
         progress("score", tick, 20, "tokens")
     assert lines == ["score 8 of 20 tokens", "score 16 of 20 tokens"]
+
+
+def test_a_rate_carries_its_unit_and_is_left_out_where_it_says_nothing() -> None:
+    assert rate("parameters", 187e6) == "187.0 M parameters/s"
+    assert rate("bytes", 2e9) == "2.0 GB/s"
+    assert rate("bytes", None) == rate("tokens", 5.0) == ""

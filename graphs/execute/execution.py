@@ -1,0 +1,80 @@
+"""How a plan is executed, whatever the plan: how many processes, how large the jobs, how often progress is made durable."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from corral.graphs.execute.executors import Executor, Serial
+from corral.graphs.execute.job import JOB_ELEMENTS, Job
+from corral.graphs.execute.process_pool import ProcessPool
+from corral.spec.errors import InputError
+
+# Peak memory of a job for each element it reads (float32 values, quotients, codes, packed codes), and of a process.
+BYTES_PER_ELEMENT, PROCESS_BYTES = 16, 512 << 20
+# A worker needs seconds to start; with less than this to do it is not worth it.
+ELEMENTS_WORTH_A_WORKER = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """`jobs`: processes at once; None: as many as there are CPUs, memory and work for. Same bytes whatever is chosen."""
+
+    jobs: int | None = None
+    executor: Executor | None = None  # in place of the one that `jobs` means
+    job_elements: int = JOB_ELEMENTS
+    # Finished jobs are made durable, and then journalled, after this many bytes or seconds.
+    sync_bytes: int = 256 << 20
+    sync_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise InputError(
+                f"--jobs is {self.jobs}; expected at least 1: the number of processes that compute weights."
+            )
+
+    def workers(self, jobs: Sequence[Job]) -> int:
+        """Processes for these jobs."""
+        if self.jobs is not None:
+            return max(1, min(self.jobs, len(jobs)))
+        total = sum(job.elements for job in jobs)
+        largest = max((job.elements for job in jobs), default=0)
+        by_memory = usable_memory() // (PROCESS_BYTES + largest * BYTES_PER_ELEMENT)
+        return max(1, min(usable_cpus(), by_memory, total // ELEMENTS_WORTH_A_WORKER, len(jobs)))
+
+    def executor_for(self, jobs: Sequence[Job]) -> Executor:
+        """Who runs these jobs."""
+        if self.executor is not None:
+            return self.executor
+        workers = self.workers(jobs)
+        return Serial() if workers == 1 else ProcessPool(workers)
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: its affinity mask, within a container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # none, or "max"
+        return allowed
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that are free or can be freed, within a container's limit; 4 GiB where nobody knows."""
+    free = re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"), re.M)
+    limit, used = (_read(root / f"sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    amounts = [int(free[1]) << 10] if free else []
+    if limit.isdigit() and used.isdigit():
+        amounts.append(max(0, int(limit) - int(used)))
+    return min(amounts, default=4 << 30)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

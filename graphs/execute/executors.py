@@ -1,0 +1,52 @@
+"""Who runs a plan's jobs: one interface, whose simplest form runs them here, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.graphs.execute.job import Job, run_job
+from corral.graphs.execute.shards import Shards
+from corral.spec.weight_plan import Source
+
+# Where a job stands in the plan, and the SHA-256 of each of its outputs: all that comes back from a job.
+Finished = tuple[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """Run a job and put its bytes into the shards (None: keep only their digests). Pickles into worker processes."""
+
+    read: Callable[[Source], NDArray[np.float32]]
+    shards: Shards | None
+
+    def __call__(self, job: Job) -> tuple[str, ...]:
+        digests = []
+        for output, data in run_job(job, self.read):
+            if self.shards is not None:
+                self.shards.write(output.shard, output.offset, data)
+            digests.append(hashlib.sha256(data).hexdigest())
+        return tuple(digests)
+
+
+class Executor(Protocol):
+    """Runs numbered jobs in any order and yields each as it is finished.
+
+    The first error ends everything and is raised as itself. Closing the iterator ends everything, too.
+    """
+
+    def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]: ...
+
+
+@dataclass(frozen=True)
+class Serial:
+    """One job after the other, in this process."""
+
+    def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]:
+        for index, job in jobs:
+            yield index, run_job(job)

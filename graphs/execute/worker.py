@@ -1,0 +1,49 @@
+"""A worker process: `python -m corral.graphs.execute.worker FD` runs the jobs that come through a socket, until it closes.
+
+A plain child, and not one of `multiprocessing`: that would run the user's own script again in every worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(fd: int) -> None:
+    """Receive a RunJob, then (index, Job) pairs; send (index, digests) for each, or the exception, and end."""
+    if sys.platform == "linux":  # a killed compile leaves no worker behind, not even for the rest of its job
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with Connection(fd) as connection:
+        try:
+            run_job = connection.recv()
+            import torch
+
+            torch.set_num_threads(1)
+            while True:
+                index, job = connection.recv()
+                connection.send((index, run_job(job)))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return  # the compile is over
+        except BaseException as error:
+            connection.send(_sendable(error))
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The error itself with this process's traceback as a note; where it does not pickle, its words."""
+    words = traceback.format_exc()
+    error.add_note(words)
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(words)
+    return error
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
