@@ -6,7 +6,6 @@ Every file is written under a temporary name, synced and renamed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil

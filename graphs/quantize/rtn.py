@@ -20,8 +20,9 @@ def rtn(weight: NDArray[np.float32], *, bits: int, group_size: int) -> dict[str,
     largest_code = zero_point - 1
     groups = weight.reshape(rows, columns // group_size, group_size)
     extreme = np.maximum(groups.max(axis=2), -groups.min(axis=2))
-    scales = np.where(extreme > 0, extreme / np.float32(largest_code), np.float32(1)).astype(np.float32)
-    # A subnormal scale would overflow its reciprocal; dividing is exact for every finite group.
+    # Not below the smallest normal number: a subnormal scale is imprecise, and may round to zero.
+    scales = np.maximum(extreme / np.float32(largest_code), np.finfo(np.float32).tiny)
+    scales[extreme == 0] = 1
     codes = groups / scales[:, :, None]
     np.rint(codes, out=codes)
     np.clip(codes, -largest_code, largest_code, out=codes)
