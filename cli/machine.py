@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from corral.runtime.cores import usable_cores
 from corral.runtime.requirements import ALTERNATIVES, release
+from corral.spec.machine import usable_cores
 from corral.spec.target import TARGETS, Target
 
 # What the kernels behind a bundle can use: (how Linux calls it on x86 and Arm, what it is for).

@@ -15,7 +15,7 @@ from pathlib import Path
 from corral.exporter.bind_weights import EMBEDDING_ENTRY
 from corral.graphs.coverage import coverage
 from corral.graphs.execute.execute import execute
-from corral.graphs.execute.execution import Execution, usable_cpus
+from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.job import plan_jobs
 from corral.graphs.execute.journal import compile_key
 from corral.graphs.execute.shards import PARTIAL, Shards, shard_name, shard_sizes
@@ -34,6 +34,7 @@ from corral.model.checkpoint.identity import checkpoint_identity
 from corral.spec.bundle import Bundle, remember_verified
 from corral.spec.errors import EnvironmentProblem
 from corral.spec.kv_layout import kv_layouts
+from corral.spec.machine import usable_cores
 from corral.spec.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
@@ -97,7 +98,7 @@ def write_bundle(
             tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
             chat_template=TEMPLATE_FILE if template is not None else None,
             special_tokens=checkpoint.special_tokens(),
-            files=hash_files(out, names, threads=how.jobs or usable_cpus(), progress=progress),
+            files=hash_files(out, names, threads=how.jobs or usable_cores(), progress=progress),
         )
         _write(out, MANIFEST_NAME, manifest.dumps().encode())
     bundle = Bundle(out, manifest)

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from corral.runtime.cores import usable_cores
 from corral.runtime.requirements import check_requirements
 from corral.runtime.session import CacheView, Float32, Step
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle
 from corral.spec.errors import CorralError, EnvironmentProblem, InputError
+from corral.spec.machine import usable_cores
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from corral.runtime.cores import usable_cores
 from corral.spec.errors import InputError
+from corral.spec.machine import usable_cores
 from corral.spec.progress import Progress, silent
 from corral.validate import latency
 from corral.validate.accuracy import measure_accuracy

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from corral.graphs.execute.executors import Executor, Serial
 from corral.graphs.execute.job import JOB_ELEMENTS, Job
 from corral.graphs.execute.process_pool import ProcessPool
 from corral.spec.errors import InputError
+from corral.spec.machine import usable_cores, usable_memory
 
 # Peak memory of a job for each element it reads (float32 values, quotients, codes, packed codes), and of a process.
 BYTES_PER_ELEMENT, PROCESS_BYTES = 16, 512 << 20
@@ -43,7 +41,7 @@ class Execution:
         total = sum(job.elements for job in jobs)
         largest = max((job.elements for job in jobs), default=0)
         by_memory = usable_memory() // (PROCESS_BYTES + largest * BYTES_PER_ELEMENT)
-        return max(1, min(usable_cpus(), by_memory, total // ELEMENTS_WORTH_A_WORKER, len(jobs)))
+        return max(1, min(usable_cores(), by_memory, total // ELEMENTS_WORTH_A_WORKER, len(jobs)))
 
     def executor_for(self, jobs: Sequence[Job]) -> Executor:
         """Who runs these jobs."""
@@ -51,30 +49,3 @@ class Execution:
             return self.executor
         workers = self.workers(jobs)
         return Serial() if workers == 1 else ProcessPool(workers)
-
-
-def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: its affinity mask, within a container's quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError, ZeroDivisionError):  # none, or "max"
-        return allowed
-
-
-def usable_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that are free or can be freed, within a container's limit; 4 GiB where nobody knows."""
-    free = re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"), re.M)
-    limit, used = (_read(root / f"sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    amounts = [int(free[1]) << 10] if free else []
-    if limit.isdigit() and used.isdigit():
-        amounts.append(max(0, int(limit) - int(used)))
-    return min(amounts, default=4 << 30)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

@@ -1,8 +1,9 @@
-"""How many threads pay off: physical cores this process may use, within a container's quota."""
+"""What this process may use of its machine: cores and memory, within a container's limits."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 
@@ -11,6 +12,16 @@ def usable_cores(system: Path = Path("/sys")) -> int:
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = {_siblings(system, cpu) for cpu in allowed}
     return max(1, min(len(siblings), _quota(system) or len(siblings)))
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that are free or can be freed, within a container's limit; 4 GiB where nobody knows."""
+    free = re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"), re.M)
+    limit, used = (_read(root / f"sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    amounts = [int(free[1]) << 10] if free else []
+    if limit.isdigit() and used.isdigit():
+        amounts.append(max(0, int(limit) - int(used)))
+    return min(amounts, default=4 << 30)
 
 
 def _siblings(system: Path, cpu: int) -> str:
@@ -26,3 +37,10 @@ def _quota(system: Path) -> int | None:
         return max(1, int(quota) // int(period))
     except (OSError, ValueError, ZeroDivisionError):  # none, or "max"
         return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
