@@ -49,8 +49,8 @@ class Checkpoint:
     def read(self, source: Source) -> NDArray[np.float32]:
         """The slice as float32, bf16 and fp16 widened exactly. Raises InputError where a number is NaN or infinite."""
         view = self._view(source)
-        # One pass from the mapped file: widen, transpose and copy together.
-        values: NDArray[np.float32] = torch.empty(view.shape, dtype=torch.float32).copy_(view).numpy()
+        # Transposed in its own type first, which torch does in blocks, and then widened: faster than both together.
+        values: NDArray[np.float32] = torch.empty(view.shape, dtype=view.dtype).copy_(view).float().numpy()
         _refuse_non_finite(values, source)
         return values
 
