@@ -13,6 +13,11 @@ import torch
 from transformers import Llama4ForCausalLM
 
 from corral.runtime import LLM, SamplingParams
+from corral.runtime.embedding import EmbeddingTable
+from corral.runtime.kv_cache import KvCache
+from corral.runtime.onnxruntime_session import OnnxRuntimeSession
+from corral.runtime.session import Step
+from corral.spec.bundle import open_bundle
 
 CHUNK = 16
 FORMS = ["scout", "maverick", "guard", "topk2"]
@@ -71,19 +76,29 @@ def test_greedy_text_is_equal_for_200_tokens(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_token_by_token_decode_equals_prefill(tiny_bundle: Bundle, target: str) -> None:
-    """A prompt's logits one token at a time, through the same cache, across three chunk boundaries."""
-    llm = LLM(tiny_bundle("scout", target, "fp32"))
+@pytest.mark.parametrize("form", FORMS)
+def test_token_by_token_decode_equals_prefill(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, form: str, target: str
+) -> None:
+    """One token at a time through the shared caches, across three chunk boundaries: the logits of one whole pass."""
+    bundle = open_bundle(tiny_bundle(form, target, "fp32"))
     ids = random_ids(3 * CHUNK + 5, seed=2)
-    whole = llm.score(ids)
-    params = [SamplingParams(temperature=0, max_tokens=1, logprobs=20, ignore_eos=True)]
-    for end in (CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, len(ids)):
-        (answer,) = llm.generate([ids[:end]], params)
-        assert answer.token_ids[0] == int(whole[end - 1].argmax())
-    # Forced decode: greedy continuation scored as one prefill gives the same tokens at every step.
-    (answer,) = llm.generate([ids[:3]], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
-    again = llm.score([*ids[:3], *answer.token_ids])
-    assert again.argmax(-1)[2:-1].tolist() == list(answer.token_ids)
+    session, embed, cache = OnnxRuntimeSession(bundle), EmbeddingTable(bundle), KvCache(bundle.manifest.kv, 4096)
+    cache.reserve(1, len(ids))
+    steps = [
+        session.run(
+            Step(
+                embeddings_BSH=embed([token])[None],
+                positions_BS=np.array([[position]]),
+                logit_rows_BR=np.zeros((1, 1), np.int64),
+                past_length_B=cache.past_lengths([position]),
+                caches=cache.slot(0),
+            )
+        )[0, 0]
+        for position, token in enumerate(ids)
+    ]
+    assert_close(np.stack(steps), LLM(bundle).score(ids))
+    assert_close(np.stack(steps), transformers_logits(tiny_checkpoint(form), ids))
 
 
 @pytest.mark.parametrize("target", TARGETS)
