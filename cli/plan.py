@@ -151,7 +151,7 @@ def _show(title: str, config: ModelConfig, builds: dict[str, Estimate], data: di
         "per 1 M>",
     )
     print_table(Table(columns=columns, rows=rows))
-    click.echo(f"\n   compile: about {size(data['compile_peak_bytes'])} of memory, disk as much as the weights")
+    click.echo(f"\n   compile here: up to {size(data['compile_peak_bytes'])} of memory, disk as much as the weights")
     if "exact_weights_bytes" in data:
         click.echo(f"   exact plan of {data['weights']}: {size(data['exact_weights_bytes'])} of weights")
     for note in data["notes"]:

@@ -14,15 +14,15 @@ from typing import Any
 from corral.spec.errors import InputError
 from corral.spec.gpus import Gpu
 from corral.spec.kv_layout import kv_layouts
+from corral.spec.machine import usable_cores
 from corral.spec.model_config import ModelConfig
 from corral.spec.parameters import active_parameters, layer_parameters, parameters
 from corral.spec.storage import stored_bytes
+from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, JOB_ELEMENTS, PROCESS_BYTES
 
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 USABLE = 0.92  # of a GPU's memory; the rest is the driver's context, the allocator's holes, code
 PREFILL_TOKENS = 2048  # activations are those of so many tokens at once
-# Compile: interpreter, torch and graph; then one job of 2**26 numbers in float32 with its temporaries.
-COMPILE_BASE_BYTES, COMPILE_JOB_BYTES = 1 << 30, 6 * 4 * (1 << 26)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class Estimate:
             "kv_by_class": self.kv,
             "activation_bytes": self.activations,
             "vram_bytes": self.vram_bytes,
-            "compile_peak_bytes": COMPILE_BASE_BYTES + COMPILE_JOB_BYTES,
+            "compile_peak_bytes": compile_peak_bytes(self.config, usable_cores()),
             "gpu": self.gpu.name,
             "fits": self.fits,
             "gpus_needed": self.gpus,
@@ -136,6 +136,16 @@ def estimate(config: ModelConfig, serving: Serving, gpu: Gpu) -> Estimate:
         gpus=_stages(config, serving, weights, kv, int(gpu.memory_bytes * USABLE) - activations, gpu.count),
         bytes_per_token=_read(config, serving, weights) + sum(kv.values()),
     )
+
+
+def compile_peak_bytes(config: ModelConfig, processes: int) -> int:
+    """Memory of a compile with so many processes: theirs and the parent's, each of theirs with one largest job.
+
+    An expert's gate and up matrix is one job, whatever its size; everything else is cut to JOB_ELEMENTS.
+    """
+    expert = 2 * config.intermediate_size * config.hidden_size if any(layer.moe for layer in config.layers) else 0
+    largest = max(expert, JOB_ELEMENTS)
+    return PROCESS_BYTES + processes * (PROCESS_BYTES + largest * JOB_BYTES_PER_ELEMENT)
 
 
 def _stored(counts: Counter[str], serving: Serving) -> dict[str, int]:

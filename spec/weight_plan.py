@@ -17,6 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 SHARD_BYTES = 4 << 30
+# Executing a plan: elements of a source that one job reads at most, where its entries can be cut; peak bytes for each
+# element (values, quotients, codes, packed codes); bytes of a process besides. The last two as measured at full width.
+JOB_ELEMENTS = 1 << 26
+JOB_BYTES_PER_ELEMENT = 20
+PROCESS_BYTES = 512 << 20
 ALIGNMENT = 4096
 
 ITEM_BITS = {

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from corral.graphs.execute.executors import Executor, Serial
-from corral.graphs.execute.job import JOB_ELEMENTS, Job
+from corral.graphs.execute.job import Job
 from corral.graphs.execute.process_pool import ProcessPool
 from corral.spec.errors import InputError
 from corral.spec.machine import usable_cores, usable_memory
+from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, JOB_ELEMENTS, PROCESS_BYTES
 
-# Peak memory of a job for each element it reads (float32 values, quotients, codes, packed codes), and of a process.
-BYTES_PER_ELEMENT, PROCESS_BYTES = 16, 512 << 20
 # A worker needs seconds to start; with less than this to do it is not worth it.
 ELEMENTS_WORTH_A_WORKER = 1 << 28
 
@@ -40,7 +39,7 @@ class Execution:
             return max(1, min(self.jobs, len(jobs)))
         total = sum(job.elements for job in jobs)
         largest = max((job.elements for job in jobs), default=0)
-        by_memory = usable_memory() // (PROCESS_BYTES + largest * BYTES_PER_ELEMENT)
+        by_memory = usable_memory() // (PROCESS_BYTES + largest * JOB_BYTES_PER_ELEMENT)
         return max(1, min(usable_cores(), by_memory, total // ELEMENTS_WORTH_A_WORKER, len(jobs)))
 
     def executor_for(self, jobs: Sequence[Job]) -> Executor:

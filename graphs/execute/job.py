@@ -12,10 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.execute.steps import STEPS
-from corral.spec.weight_plan import Entry, Placement, Source, Step, WeightPlan
-
-# Elements of a source that one job reads at most, where its entries can be cut: float32 and temporaries stay under 1 GB.
-JOB_ELEMENTS = 1 << 26
+from corral.spec.weight_plan import JOB_ELEMENTS, Entry, Placement, Source, Step, WeightPlan
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def test_scout_at_128k(corral: Corral) -> None:
         assert fact in shown
     data = json.loads(corral("plan", "scout", "--json").stdout)
     assert data["parameters"]["total"] == 107_769_861_120
-    assert data["fits"] is True and data["compile_peak_bytes"] > 0 and data["kv_bytes"] > 7e9
+    assert data["fits"] is True and data["kv_bytes"] > 7e9
     assert data["weights_bytes"] == data["builds"]["int4"]["weights_bytes"] < data["builds"]["bf16"]["weights_bytes"]
 
 
