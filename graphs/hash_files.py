@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from corral.spec.bundle import file_sha256
 from corral.spec.manifest import FileRecord
 from corral.spec.progress import Progress, silent
-
-PIECE_BYTES = 4 << 20
 
 
 def hash_files(
@@ -21,17 +19,15 @@ def hash_files(
     total = sum((directory / name).stat().st_size for name in names)
     done, lock = 0, Lock()
 
-    def record(name: str) -> FileRecord:
+    def report(size: int) -> None:
         nonlocal done
-        digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(PIECE_BYTES))
-        with (directory / name).open("rb", buffering=0) as file:
-            while read := file.readinto(buffer):
-                digest.update(buffer[:read])
-                size += read
-                with lock:
-                    done += read
-                    progress("hash files", done, total, "bytes")
-        return FileRecord(path=name, bytes=size, sha256=digest.hexdigest())
+        with lock:
+            done += size
+            progress("hash files", done, total, "bytes")
+
+    def record(name: str) -> FileRecord:
+        path = directory / name
+        return FileRecord(path=name, bytes=path.stat().st_size, sha256=file_sha256(path, report))
 
     with ThreadPoolExecutor(max_workers=threads) as pool:
         return tuple(pool.map(record, names))

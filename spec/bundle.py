@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def remember_verified(bundle: Bundle) -> None:
     _write_stamp(bundle, {record.path: _check_file(bundle, record) for record in bundle.manifest.files})
 
 
+def file_sha256(path: Path, report: Callable[[int], None]) -> str:
+    """SHA-256 of a file, read in pieces; `report` is given the bytes of each."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            report(size)
+    return digest.hexdigest()
+
+
 def _check_file(bundle: Bundle, record: FileRecord) -> Mark:
     path = bundle.path(record.path)
     try:
@@ -90,20 +101,21 @@ def _check_file(bundle: Bundle, record: FileRecord) -> Mark:
 
 def _check_hashes(bundle: Bundle, records: list[FileRecord], progress: Progress) -> None:
     done, total = 0, sum(record.bytes for record in records)
-    buffer = memoryview(bytearray(PIECE_BYTES))
+
+    def report(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("check files", done, total, "bytes")
+
     for record in records:
-        path, digest = bundle.path(record.path), hashlib.sha256()
+        path = bundle.path(record.path)
         try:
-            with path.open("rb", buffering=0) as file:
-                while size := file.readinto(buffer):
-                    digest.update(buffer[:size])
-                    done += size
-                    progress("check files", done, total, "bytes")
+            found = file_sha256(path, report)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}. Copy the whole bundle again.") from None
-        if digest.hexdigest() != record.sha256:
+        if found != record.sha256:
             raise InputError(
-                f"{path} has SHA-256 {digest.hexdigest()}, expected {record.sha256}: it is damaged or was changed. "
+                f"{path} has SHA-256 {found}, expected {record.sha256}: it is damaged or was changed. "
                 "Copy the whole bundle again, or compile it again."
             )
 
