@@ -46,9 +46,8 @@ class ModelAndPlan:
             self.graph.register_initializer(value)
         return values
 
-    def merge_weights(self, old: Sequence[Entry], join: Callable[[Sequence[Entry]], Entry]) -> ir.Value:
-        """Replace several planned weights by `join` of them, in plan and graph; the caller rewires their uses."""
-        joined = join(old)
+    def merge_weights(self, old: Sequence[Entry], joined: Entry) -> ir.Value:
+        """Replace several planned weights by one, in plan and graph; the caller rewires their uses."""
         self.plan.replace(old[0].name, joined)
         for entry in old[1:]:
             self.plan.replace(entry.name)

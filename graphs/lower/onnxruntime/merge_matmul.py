@@ -32,10 +32,10 @@ def merge_matmul(work: ModelAndPlan) -> bool:
 
 
 def _merge(work: ModelAndPlan, nodes: Sequence[ir.Node]) -> None:
-    weights = [
-        work.merge_weights([entry for node in nodes if (entry := work.entry_of(node.inputs[i]))], _joined)
-        for i in (1, 2)
-    ]  # fmt: skip
+    weights = []
+    for i in (1, 2):  # codes, scales
+        entries = [entry for node in nodes if (entry := work.entry_of(node.inputs[i]))]
+        weights.append(work.merge_weights(entries, _joined(entries)))
     sizes = [node.attributes["N"].as_int() for node in nodes]
     first = nodes[0]
     attributes = {name: attribute.value for name, attribute in first.attributes.items()} | {"N": sum(sizes)}
