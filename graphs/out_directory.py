@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,13 @@ GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE = (
     "tokenizer.json",
     "chat_template.jinja",
 )
+# What has a number in its name.
+OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx")
+
+
+def stage_file(stage: int) -> str:
+    """The graph's file name of one of several stages."""
+    return f"decoder-{stage:02d}.onnx"
 
 
 def check_out(out: Path, *, fresh: bool) -> None:
@@ -107,7 +115,7 @@ def _remove_files(out: Path) -> None:
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     for path in list(out.iterdir()):
         name = path.name.removesuffix(PARTIAL)
-        if name in (*ours, MANIFEST_NAME) or (name.startswith("weights-") and name.endswith(".bin")):
+        if name in (*ours, MANIFEST_NAME) or OURS.fullmatch(name):
             path.unlink()
     for name in (JOURNAL_NAME + PARTIAL, JOURNAL_NAME):
         (out / name).unlink(missing_ok=True)

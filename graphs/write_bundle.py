@@ -23,12 +23,12 @@ from corral.graphs.graph_file import graph_bytes
 from corral.graphs.hash_files import hash_files
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import (
-    GRAPH_FILE,
     PLAN_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     bundle_directory,
 )
+from corral.graphs.split_stages import split_stages, whole_graph
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.identity import checkpoint_identity
 from corral.spec.bundle import Bundle, remember_verified
@@ -64,14 +64,17 @@ def write_bundle(
     `out` holds something else or a weight is damaged, EnvironmentProblem where the disk is full or a worker is lost.
     """
     how = how or Execution()
-    placements = work.plan.placements()
+    graphs = split_stages(work) if stage == "ready" else [whole_graph(work)]
+    # The embedding is no stage's: it stays where tokens become rows.
+    placements = work.plan.placements(starts={EMBEDDING_ENTRY, *(graph.first_weight for graph in graphs)})
     jobs = plan_jobs(work.plan, placements, how.job_elements) if stage == "ready" else []
     shards = Shards(out, shard_sizes(placements) if stage == "ready" else {})
     key = compile_key(jobs, stage, version("corral"), checkpoint_identity(checkpoint))
     with bundle_directory(out, key=key, what=_in_words(work, checkpoint), jobs=len(jobs), fresh=fresh) as journal:
         _check_disk_space(shards)
         names = execute(jobs, shards, checkpoint.read, journal, how, progress)
-        names.append(_write(out, GRAPH_FILE, graph_bytes(work, placements)))
+        for graph in graphs:
+            names.append(_write(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
         names.append(_write(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
         tokenizer, template = checkpoint.tokenizer_path, checkpoint.chat_template()
         if tokenizer is not None:
@@ -87,7 +90,9 @@ def write_bundle(
             recipe=work.recipe,
             requires=dict(target_named(work.recipe.target).requires),
             source=_provenance(checkpoint, stage),
-            graphs=(GraphRecord(path=GRAPH_FILE, first_layer=0, end_layer=work.config.num_layers),),
+            graphs=tuple(
+                GraphRecord(path=graph.path, first_layer=graph.layers[0], end_layer=graph.layers[1]) for graph in graphs
+            ),
             kv=kv_layouts(work.config),
             embedding=TensorRecord(
                 path=shard_name(place.shard), dtype=embedding.dtype, shape=embedding.shape, offset=place.offset

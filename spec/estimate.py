@@ -14,6 +14,7 @@ from typing import Any
 from corral.spec.errors import InputError
 from corral.spec.gpus import Gpu
 from corral.spec.kv_layout import kv_layouts
+from corral.spec.layer_ranges import fitting_ranges
 from corral.spec.machine import usable_cores
 from corral.spec.model_config import ModelConfig
 from corral.spec.parameters import active_parameters, layer_parameters, parameters
@@ -179,11 +180,5 @@ def _stages(
         sum(_stored(layer_parameters(config, layer), serving).values()) + kv[layer.kv_class] // count[layer.kv_class]
         for layer in config.layers
     ] + [weights["head"]]
-    if max(parts) > room:
-        return None
-    stages, filled = 1, 0
-    for part in parts:  # first fit in order is least for ranges
-        if filled + part > room:
-            stages, filled = stages + 1, 0
-        filled += part
-    return None if limit and stages > limit else stages
+    stages = fitting_ranges(parts, room)
+    return None if stages is None or (limit and len(stages) > limit) else len(stages)

@@ -23,6 +23,8 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
+    stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
 
     def __post_init__(self) -> None:
         target, scheme = target_named(self.target), scheme_named(self.weights)
@@ -34,6 +36,12 @@ class Recipe:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
+
+        if self.stages < 1 or self.stage_gb < 0:
+            raise InputError(
+                f"stages is {self.stages} and stage_gb {self.stage_gb}; expected at least 1 stage, and a limit in GB "
+                "or 0 for none."
+            )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

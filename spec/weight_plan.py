@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,13 +126,16 @@ class WeightPlan:
             items.extend((e.name, e) for e in new) if name == old else items.append((name, entry))
         self.entries = dict(items)
 
-    def placements(self, shard_bytes: int = SHARD_BYTES) -> dict[str, Placement]:
-        """Offsets aligned to 4096 in shards of at most `shard_bytes` (a larger tensor has a shard to itself)."""
+    def placements(self, shard_bytes: int = SHARD_BYTES, starts: Collection[str] = ()) -> dict[str, Placement]:
+        """Offsets aligned to 4096 in shards of at most `shard_bytes` (a larger tensor has a shard to itself).
+
+        Entries named in `starts` begin a new shard.
+        """
         placements: dict[str, Placement] = {}
         shard = offset = 0
         for entry in self.entries.values():
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
-            if offset and offset + entry.nbytes > shard_bytes:
+            if offset and (entry.name in starts or offset + entry.nbytes > shard_bytes):
                 shard, offset = shard + 1, 0
             placements[entry.name] = Placement(shard, offset, entry.nbytes)
             offset += entry.nbytes
