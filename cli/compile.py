@@ -7,13 +7,23 @@ from typing import Any
 
 import click
 
-from corral.cli.options import chosen_recipe, fresh_option, jobs_option, json_option, out_option, recipe_options
+from corral.cli.options import (
+    chosen_recipe,
+    fresh_option,
+    jobs_option,
+    json_option,
+    layers_option,
+    out_option,
+    part_of,
+    recipe_options,
+)
 
 
 @click.command("compile")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @out_option
 @recipe_options
+@layers_option
 @jobs_option
 @fresh_option
 @json_option
@@ -21,6 +31,7 @@ def command(
     checkpoint: Path,
     out: Path,
     recipe_file: Path | None,
+    layers: str | None,
     jobs: int | None,
     fresh: bool,
     as_json: bool,
@@ -35,5 +46,5 @@ def command(
         progress("load compiler", 0, 0, "")  # torch takes seconds
         from corral.graphs import compile
 
-        bundle = compile(checkpoint, out, recipe, fresh=fresh, jobs=jobs, progress=progress)
+        bundle = compile(part_of(checkpoint, layers), out, recipe, fresh=fresh, jobs=jobs, progress=progress)
     show_written(bundle, as_json=as_json)

@@ -17,10 +17,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 out_option = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+layers_option = click.option(
+    "--layers", metavar="A-B", help="Take only these layers, or the first N: the same as CHECKPOINT?layers=A-B."
+)
 fresh_option = click.option("--fresh", is_flag=True, help="Start over: replace what OUT holds of corral's.")
 jobs_option = click.option("--jobs", type=int, help="Processes that compute weights.  [default: as many as pay off]")
 provider_option = click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime execution provider.")
 threads_option = click.option("--threads", type=int, help="CPU threads.  [default: one a physical core]")
+
+
+def part_of(checkpoint: Path, layers: str | None) -> Path:
+    """The checkpoint that CHECKPOINT and `--layers` name together."""
+    return checkpoint if layers is None else checkpoint.with_name(f"{checkpoint.name}?layers={layers}")
+
 
 # What the recipe's keys mean; a test holds it complete.
 RECIPE_HELP = {

@@ -61,7 +61,9 @@ def stage_ranges(work: ModelAndPlan) -> list[Range]:
     """The ranges of layers that the recipe asks for."""
     sizes, wanted, limit = _layer_bytes(work), work.recipe.stages, work.recipe.stage_gb * 10**9
     if wanted > len(sizes):
-        raise InputError(f"{wanted} stages were asked for, but the model has {len(sizes)} layers; expected at most that.")
+        raise InputError(
+            f"{wanted} stages were asked for, but the model has {len(sizes)} layers; expected at most that."
+        )
     if limit:
         fitting = fitting_ranges(sizes, limit)
         if fitting is None:

@@ -114,7 +114,7 @@ def write_bundle(
 def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:
     recipe = work.recipe.to_json()
     words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items())
-    return f"{checkpoint.directory.resolve().name} ({words})"
+    return f"{Path(checkpoint.location).name} ({words})"
 
 
 def _check_disk_space(shards: Shards) -> None:

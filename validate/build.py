@@ -93,9 +93,11 @@ class CheckpointBuild:
         if threads is not None:
             torch.set_num_threads(threads)
         checkpoint = open_checkpoint(path)
-        self.name = path.resolve().name
+        self.name = Path(checkpoint.location).name
         self.config = checkpoint.config
-        self.bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        self.bytes = sum(
+            file.stat().st_size for file in {info.file for info in checkpoint.tensors.values()} if file.exists()
+        )
         self._tokenizer_path = checkpoint.tokenizer_path
         self._model = load_reference(checkpoint)
 
@@ -121,7 +123,8 @@ def open_build(path: Path, *, provider: str, threads: int | None, progress: Prog
     """Open a checkpoint or bundle directory. Raises InputError where it is neither."""
     if (path / MANIFEST_NAME).is_file():
         return BundleBuild(path, provider=provider, threads=threads, progress=progress)
-    if (path / CONFIG_NAME).is_file() or str(path).startswith(SYNTHETIC):
+    whole = path.with_name(path.name.partition("?")[0])  # `scout?layers=4` is a part of one
+    if (whole / CONFIG_NAME).is_file() or str(path).startswith(SYNTHETIC):
         return CheckpointBuild(path, threads=threads)
     found = "does not exist" if not path.exists() else f"holds neither {MANIFEST_NAME} nor {CONFIG_NAME}"
     raise InputError(

@@ -31,6 +31,7 @@ class Checkpoint:
     store: TensorStore
     names: Mapping[str, str]  # our parameter -> its tensor; every parameter of the config is there
     dropped: tuple[str, ...]  # tensors that are deliberately not read
+    part: str = ""  # "?layers=4-7" where these are not all layers
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -87,7 +88,7 @@ class Checkpoint:
     @property
     def location(self) -> str:
         """What opens this checkpoint again from another working directory."""
-        return str(self.directory if is_synthetic(self.directory) else self.directory.resolve())
+        return f"{self.directory if is_synthetic(self.directory) else self.directory.resolve()}{self.part}"
 
     @property
     def config_sha256(self) -> str:

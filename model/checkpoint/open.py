@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.json_file import read_json
 from corral.model.checkpoint.names import EMBEDDING, HEAD, detect_form, expected_parameters, is_dropped
+from corral.model.checkpoint.part import split_part, take_layers
 from corral.model.checkpoint.safetensors import can_open_safetensors, open_safetensors
 from corral.model.checkpoint.store import TensorStore, listed
 from corral.model.checkpoint.synthetic import FORM, is_synthetic, open_synthetic, parse_synthetic
@@ -39,10 +39,16 @@ REFUSED_FILES = {"*.bin": "PyTorch pickles", "*.pt": "PyTorch pickles", "*.pth":
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open and check a checkpoint directory, reading headers only; `synthetic:PRESET` opens one that is made up.
 
+    `NAME?layers=4-7` takes these layers of it, `NAME?layers=4` the first four.
     Raises InputError where it is missing, malformed, quantized, of another architecture, or where tensors are unknown,
     missing, or of the wrong shape or dtype (all of these in one error).
     """
-    directory = Path(path)
+    name, layers = split_part(os.fspath(path))
+    whole = _open_whole(Path(name))
+    return whole if layers is None else take_layers(whole, layers)
+
+
+def _open_whole(directory: Path) -> Checkpoint:
     if is_synthetic(directory):
         return _open_synthetic(str(directory))
     _check_directory(directory)
@@ -66,27 +72,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_synthetic(name: str) -> Checkpoint:
-    """A preset, or a range of its layers: they are then numbered from 0, and keep their values."""
-    preset, part = parse_synthetic(name)
-    store, whole = open_synthetic(preset, name), preset.model
-    first, last = part or (0, whole.num_layers - 1)
-    config = dataclasses.replace(whole, layers=whole.layers[first : last + 1])
-    names = {ours: FORM.source(_shifted(ours, first)) for ours in expected_parameters(config)}
-    read = set(names.values())
-    return Checkpoint(
-        directory=Path(name),
-        config=config,
-        store=store,
-        names=names,
-        dropped=tuple(tensor for tensor in store.tensors if tensor not in read),
-    )
-
-
-def _shifted(name: str, first: int) -> str:
-    """`layers.0.x` -> `layers.4.x` where layers are counted from 4."""
-    layers, _, rest = name.partition(".")
-    number, _, rest = rest.partition(".")
-    return f"layers.{int(number) + first}.{rest}" if layers == "layers" else name
+    preset = parse_synthetic(name)
+    store = open_synthetic(preset, name)
+    names = {ours: FORM.source(ours) for ours in expected_parameters(preset.model)}
+    return Checkpoint(directory=Path(name), config=preset.model, store=store, names=names, dropped=())
 
 
 def _check_directory(directory: Path) -> None:

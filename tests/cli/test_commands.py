@@ -51,7 +51,7 @@ def test_compile_reports_coverage_and_the_next_command(
     data = json.loads(
         corral("compile", tiny_checkpoint("scout"), "-o", out, "--fresh", "--group-size", 32, "--json").stdout
     )
-    assert data["recipe"] == {"target": "cpu", "weights": "int4", "method": "rtn", "group_size": 32}
+    assert data["recipe"].items() >= {"target": "cpu", "weights": "int4", "method": "rtn", "group_size": 32}.items()
     assert data["bytes"] == sum(f.stat().st_size for f in out.iterdir() if f.name != "manifest.json")
 
 

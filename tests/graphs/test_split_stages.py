@@ -46,7 +46,9 @@ def test_stages_compute_what_the_whole_decoder_computes(
     assert np.abs(staged.score(ids) - want).max() <= 1e-5 * np.abs(want).max()
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     prompts = [ids[:30].tolist(), ids[:7].tolist()]
-    assert [c.token_ids for c in staged.generate(prompts, params)] == [c.token_ids for c in whole.generate(prompts, params)]
+    assert [c.token_ids for c in staged.generate(prompts, params)] == [
+        c.token_ids for c in whole.generate(prompts, params)
+    ]
 
 
 def test_each_stage_has_shards_of_its_own_and_they_are_balanced(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -65,7 +67,9 @@ def test_the_bytes_of_a_weight_do_not_depend_on_stages(
 ) -> None:
     def weights(bundle: Bundle) -> dict[str, bytes]:
         graphs = [onnx.load(bundle.path(graph.path)).graph for graph in bundle.manifest.graphs]
-        return {tensor.name: tensor.raw_data for graph in graphs for tensor in graph.initializer if "layers." in tensor.name}
+        return {
+            tensor.name: tensor.raw_data for graph in graphs for tensor in graph.initializer if "layers." in tensor.name
+        }
 
     staged = compiled(tiny_checkpoint("scout"), tmp_path / "out", stages=3)
     assert weights(staged) == weights(open_bundle(tiny_bundle("scout", "cpu", "int4")))
