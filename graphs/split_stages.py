@@ -9,7 +9,7 @@ Between two layers exactly one value passes that is not made of positions: the r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from corral.graphs.out_directory import GRAPH_FILE, stage_file
 from corral.spec import graph_io
 from corral.spec.errors import InputError
 from corral.spec.layer_ranges import Range, balanced_ranges, fitting_ranges
-from corral.spec.weight_plan import WeightPlan
+from corral.spec.weight_plan import Placement, WeightPlan
 
 LAYER = re.compile(r"layers\.(\d+)(\.|$)")
 
@@ -55,6 +55,11 @@ def split_stages(work: ModelAndPlan) -> list[StageGraph]:
 def whole_graph(work: ModelAndPlan) -> StageGraph:
     """The decoder as its only stage."""
     return StageGraph(GRAPH_FILE, (0, work.config.num_layers), work.model, _first_weight(work, work.model))
+
+
+def place_weights(work: ModelAndPlan, graphs: Sequence[StageGraph]) -> dict[str, Placement]:
+    """Where every weight lies, by entry name: no shard holds two stages' weights, or the embedding beside others."""
+    return work.plan.placements(starts={EMBEDDING_ENTRY, *(graph.first_weight for graph in graphs)})
 
 
 def stage_ranges(work: ModelAndPlan) -> list[Range]:

@@ -28,7 +28,7 @@ from corral.graphs.out_directory import (
     TOKENIZER_FILE,
     bundle_directory,
 )
-from corral.graphs.split_stages import split_stages, whole_graph
+from corral.graphs.split_stages import place_weights, split_stages, whole_graph
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.identity import checkpoint_identity
 from corral.spec.bundle import Bundle, remember_verified
@@ -65,8 +65,7 @@ def write_bundle(
     """
     how = how or Execution()
     graphs = split_stages(work) if stage == "ready" else [whole_graph(work)]
-    # The embedding is no stage's: it stays where tokens become rows.
-    placements = work.plan.placements(starts={EMBEDDING_ENTRY, *(graph.first_weight for graph in graphs)})
+    placements = place_weights(work, graphs)
     jobs = plan_jobs(work.plan, placements, how.job_elements) if stage == "ready" else []
     shards = Shards(out, shard_sizes(placements) if stage == "ready" else {})
     key = compile_key(jobs, stage, version("corral"), checkpoint_identity(checkpoint))

@@ -55,6 +55,19 @@ def test_compile_reports_coverage_and_the_next_command(
     assert data["bytes"] == sum(f.stat().st_size for f in out.iterdir() if f.name != "manifest.json")
 
 
+def test_a_rehearsal_prints_what_would_have_been_written(
+    corral: Corral, tiny_checkpoint: TinyCheckpoint, bundle: Path
+) -> None:
+    arguments = ("compile", tiny_checkpoint("scout"), "--discard", "--group-size", 32)
+    data = json.loads(corral(*arguments, "--json").stdout)
+    assert data["bytes"] == sum(path.stat().st_size for path in bundle.glob("weights-*.bin"))
+    assert data["parameters"] > 100_000
+    assert data["seconds"] > 0
+    shown = corral(*arguments).stdout
+    assert all(shard["name"] in shown and shard["sha256"] in shown for shard in data["shards"])
+    assert "nothing was written" in shown
+
+
 def test_stages_one_by_one_end_in_a_bundle_that_runs(
     corral: Corral, tiny_checkpoint: TinyCheckpoint, bundle: Path, tmp_path: Path
 ) -> None:

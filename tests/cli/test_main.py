@@ -73,6 +73,8 @@ def test_version(corral: Corral) -> None:
         (["compile"], "Missing argument 'CHECKPOINT'. Run `corral compile --help`"),
         (["compile", "x", "-o", "y", "--weights", "int3"], 'weights "int3" are not known; expected one of fp32'),
         (["compile", "x", "-o", "y", "--group-size", "7"], "group_size is 7, expected one of 32, 64, 128"),
+        (["compile", "x"], "expected -o OUT, or --discard to write nothing; got neither."),
+        (["compile", "x", "-o", "y", "--discard"], "expected -o OUT, or --discard to write nothing; got both."),
         (["inspect", "nowhere"], "nowhere does not exist; expected a bundle made by `corral compile`"),
         (["validate", "a", "b"], "expected --text FILE or --token-ids FILE, got neither"),
     ],
