@@ -19,8 +19,8 @@ Checkpoint = Callable[[str], Path]
 TinyBundle = Callable[[str, str, str], Path]
 
 
-def compiled(checkpoint: Path, out: Path, target: str = "cpu", weights: str = "int4", **stages: int) -> Bundle:
-    return compile(checkpoint, out, Recipe(target=target, weights=weights, group_size=32, **stages))
+def compiled(checkpoint: Path, out: Path, target: str = "cpu", *, stages: int) -> Bundle:
+    return compile(checkpoint, out, Recipe(target=target, weights="int4", group_size=32, stages=stages))
 
 
 def shards(bundle: Bundle, graph: int) -> set[str]:
