@@ -16,6 +16,7 @@ import torch
 from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Llama4Text
+from corral.runtime import LLM
 from corral.spec.bundle import open_bundle
 from corral.spec.kv_layout import kv_layouts
 
@@ -110,6 +111,20 @@ def test_portable_graphs_run_in_onnx_reference_evaluator(
         want = model.logits(torch.tensor(ids)[None])[0].numpy()
     evaluator = onnx.reference.ReferenceEvaluator(onnx.load(bundle / "decoder.onnx"))
     got = first_chunk_logits(lambda names, feeds: evaluator.run(names, feeds), bundle, model, ids)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("form", ["scout", "maverick", "topk2"])
+def test_a_bundle_larger_than_memory_computes_in_float(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Weights that stay in the file are not packed for the int8 kernels; over a chunk boundary."""
+    monkeypatch.setattr("corral.runtime.onnxruntime_session.usable_memory", lambda: 0)
+    model = quantized_reference(tiny_checkpoint(form), 4)
+    ids = np.random.default_rng(7).integers(0, 256, 40)
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    got = LLM(tiny_bundle(form, "cpu", "int4")).score(ids)
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
