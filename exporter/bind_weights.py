@@ -42,7 +42,7 @@ def parameter_entry(name: str, shape: tuple[int, ...], tensor: str) -> Entry:
         pieces = tuple(
             Source(tensor, rows=(0, outputs), columns=(0, inputs), index=e, transposed=True) for e in range(experts)
         )
-        return _float_entry(name, shape, pieces, layout="columns", cut=None)
+        return _float_entry(name, shape, pieces, layout="columns", cut="columns")
     if len(shape) == 2:
         pieces = (Source(tensor, rows=(0, shape[0]), columns=(0, shape[1])),)
         return _float_entry(name, shape, pieces, layout="rows", cut="rows")

@@ -35,6 +35,8 @@ class Source:
 
     `index` picks along the leading axis (an expert of a fused tensor) first; the remaining matrix is transposed where
     the checkpoint stores inputs by outputs; `rows` and `columns` (start, stop) then cut it. A vector has rows only.
+    With `interleave`, the matrix's rows are two halves (gate, then up), and `rows` counts them in an order in which so
+    many of one and so many of the other alternate: what is stored in that order can then be cut along it.
     """
 
     tensor: str
@@ -42,10 +44,21 @@ class Source:
     columns: tuple[int, int] | None = None
     index: int | None = None
     transposed: bool = False
+    interleave: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in filter(None, (self.rows, self.columns)))
+
+    def halves(self, outputs: int) -> tuple[Source, Source]:
+        """The two sources that an interleaved one alternates between; `outputs` is how many rows the matrix has."""
+        run, (start, stop) = self.interleave, self.rows
+        assert start % (2 * run) == stop % (2 * run) == 0 and outputs % 2 == 0, f"{self} does not hold whole runs"
+        gate, up = (
+            dataclasses.replace(self, rows=(start // 2 + half, stop // 2 + half), interleave=0)
+            for half in (0, outputs // 2)
+        )
+        return gate, up
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
+from corral.graphs.quantize.pack import pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
 
 NUMPY_TYPE: dict[str, Any] = {
@@ -35,5 +35,4 @@ STEPS: dict[str, Callable[..., Any]] = {
     "rtn": rtn,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
-    "interleave_halves": interleave_halves,
 }

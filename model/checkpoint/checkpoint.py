@@ -49,6 +49,8 @@ class Checkpoint:
 
     def read(self, source: Source) -> NDArray[np.float32]:
         """The slice as float32, bf16 and fp16 widened exactly. Raises InputError where a number is NaN or infinite."""
+        if source.interleave:
+            return self._read_interleaved(source)
         view = self._view(source)
         # Transposed in its own type first, which torch does in blocks, and then widened: faster than both together.
         values: NDArray[np.float32] = torch.empty(view.shape, dtype=view.dtype).copy_(view).float().numpy()
@@ -99,8 +101,18 @@ class Checkpoint:
             data = (self.directory / "config.json").read_bytes()
         return hashlib.sha256(data).hexdigest()
 
+    def _read_interleaved(self, source: Source) -> NDArray[np.float32]:
+        stored = self.tensors[source.tensor].shape
+        halves = source.halves(stored[-1] if source.transposed else stored[-2])
+        values = np.empty(source.shape, np.float32)
+        alternating = values.reshape(-1, 2, source.interleave, source.shape[1])
+        for i, half in enumerate(halves):
+            alternating[:, i] = self.read(half).reshape(-1, source.interleave, source.shape[1])
+        return values
+
     def _view(self, source: Source) -> Tensor:
         """What `Source` describes, as a view that may alias the file. A slice out of bounds is a mistake of ours."""
+        assert not source.interleave, "only `read` interleaves"
         shape = self.tensors[source.tensor].shape
         kept = shape if source.index is None else shape[1:]
         cuts = [cut for cut in (source.rows, source.columns) if cut]

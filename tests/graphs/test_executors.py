@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from corral.graphs.compiler import lower
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import Finished, RunJob, Serial
-from corral.graphs.execute.job import Job
+from corral.graphs.execute.job import Job, plan_jobs
 from corral.graphs.execute.process_pool import ProcessPool
 from corral.graphs.execute.shards import Shards
 from corral.graphs.model_and_plan import ModelAndPlan
@@ -94,6 +94,21 @@ def test_a_pool_of_any_size_writes_the_same_bytes(
 ) -> None:
     write(tiny_checkpoint("guard"), tmp_path, executor=ProcessPool(workers))
     assert digests(tmp_path) == whole
+
+
+@pytest.mark.parametrize("weights", ["int4", "fp32"])
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_experts_cut_into_small_jobs_have_the_bytes_of_whole_ones(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Callable[[str, str, str], Path], tmp_path: Path, target: str, weights: str
+) -> None:
+    recipe = Recipe(target=target, weights=weights, group_size=32)
+    work = lowered(tiny_checkpoint("scout"), recipe)
+    jobs = plan_jobs(work.plan, work.plan.placements(), ELEMENTS)
+    experts = [job for job in jobs if ".experts." in job.source.tensor]
+    wholes = {(job.source.tensor, job.source.index) for job in experts}
+    assert len(experts) >= 2 * len(wholes)
+    write(tiny_checkpoint("scout"), tmp_path, recipe)
+    assert digests(tmp_path) == digests(tiny_bundle("scout", target, weights))
 
 
 def test_a_pool_raises_a_damaged_weight_by_name_and_leaves_nothing(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
