@@ -104,11 +104,11 @@ class Checkpoint:
     def _read_interleaved(self, source: Source) -> NDArray[np.float32]:
         stored = self.tensors[source.tensor].shape
         halves = source.halves(stored[-1] if source.transposed else stored[-2])
-        values = np.empty(source.shape, np.float32)
-        alternating = values.reshape(-1, 2, source.interleave, source.shape[1])
+        rows, columns = source.shape
+        alternating = np.empty((rows // (2 * source.interleave), 2, source.interleave, columns), np.float32)
         for i, half in enumerate(halves):
-            alternating[:, i] = self.read(half).reshape(-1, source.interleave, source.shape[1])
-        return values
+            alternating[:, i] = self.read(half).reshape(alternating[:, i].shape)
+        return alternating.reshape(rows, columns)
 
     def _view(self, source: Source) -> Tensor:
         """What `Source` describes, as a view that may alias the file. A slice out of bounds is a mistake of ours."""
