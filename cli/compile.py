@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from corral.cli.options import chosen_recipe, fresh_option, jobs_option, json_option, recipe_options
+from corral.cli.options import chosen_recipe, fresh_option, jobs_option, json_option, ray_option, recipe_options
 from corral.spec.errors import InputError
 
 
@@ -16,6 +16,7 @@ from corral.spec.errors import InputError
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; all but --discard need it.")
 @recipe_options
 @jobs_option
+@ray_option
 @click.option("--discard", is_flag=True, help="Write nothing: compute every weight and print digests.")
 @fresh_option
 @json_option
@@ -24,6 +25,7 @@ def command(
     out: Path | None,
     recipe_file: Path | None,
     jobs: int | None,
+    ray: str | None,
     discard: bool,
     fresh: bool,
     as_json: bool,
@@ -43,9 +45,9 @@ def command(
         from corral.graphs import compile, rehearse
 
         if out is None:
-            rehearsal = rehearse(checkpoint, recipe, jobs=jobs, progress=progress)
+            rehearsal = rehearse(checkpoint, recipe, jobs=jobs, ray=ray, progress=progress)
         else:
-            bundle = compile(checkpoint, out, recipe, fresh=fresh, jobs=jobs, progress=progress)
+            bundle = compile(checkpoint, out, recipe, fresh=fresh, jobs=jobs, ray=ray, progress=progress)
     if out is None:
         show_rehearsal(rehearsal, as_json=as_json)
     else:

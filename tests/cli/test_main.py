@@ -130,7 +130,8 @@ def test_every_package_that_can_be_missing_has_an_installer() -> None:
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = {"corral": project["dependencies"], "corral[compile]": project["optional-dependencies"]["compile"]}
+    extras = {f"corral[{extra}]": project["optional-dependencies"][extra] for extra in ("compile", "ray")}
+    asked = {"corral": project["dependencies"], **extras}
     for extra, requirements in asked.items():
         modules = {requirement.split(">=")[0].replace("-", "_") for requirement in requirements} - {"click"}
         assert {module for module, by in failure.INSTALLED_BY.items() if by == extra} == modules
