@@ -75,6 +75,8 @@ def test_version(corral: Corral) -> None:
         (["compile", "x", "-o", "y", "--group-size", "7"], "group_size is 7, expected one of 32, 64, 128"),
         (["compile", "x"], "expected -o OUT, or --discard to write nothing; got neither."),
         (["compile", "x", "-o", "y", "--discard"], "expected -o OUT, or --discard to write nothing; got both."),
+        (["compile", "x", "-o", "y", "--ray", "head"], '--ray is "head", expected HOST:PORT of a cluster'),
+        (["compile", "x", "--discard", "--ray", "head"], '--ray is "head", expected HOST:PORT of a cluster'),
         (["inspect", "nowhere"], "nowhere does not exist; expected a bundle made by `corral compile`"),
         (["validate", "a", "b"], "expected --text FILE or --token-ids FILE, got neither"),
     ],
