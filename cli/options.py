@@ -22,6 +22,7 @@ layers_option = click.option(
 )
 fresh_option = click.option("--fresh", is_flag=True, help="Start over: replace what OUT holds of corral's.")
 jobs_option = click.option("--jobs", type=int, help="Processes that compute weights.  [default: as many as pay off]")
+ray_option = click.option("--ray", metavar="HOST:PORT", help="Compute weights on this Ray cluster, not here.")
 provider_option = click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime execution provider.")
 threads_option = click.option("--threads", type=int, help="CPU threads.  [default: one a physical core]")
 

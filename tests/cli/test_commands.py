@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,29 @@ def test_compile_reports_coverage_and_the_next_command(
     )
     assert data["recipe"].items() >= {"target": "cpu", "weights": "int4", "method": "rtn", "group_size": 32}.items()
     assert data["bytes"] == sum(f.stat().st_size for f in out.iterdir() if f.name != "manifest.json")
+
+
+def test_ctrl_c_says_how_far_it_came_and_the_same_command_goes_on(
+    corral: Corral, tiny_checkpoint: TinyCheckpoint, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from corral.graphs.execute.executors import RunJob
+
+    arguments = ("compile", tiny_checkpoint("scout"), "-o", tmp_path / "out", "--group-size", 32, "--jobs", 1)
+    left = iter(range(7))
+    run = RunJob.__call__
+
+    def interrupted(self: RunJob, job: Any) -> tuple[str, ...]:
+        if next(left, None) is None:
+            signal.raise_signal(signal.SIGINT)
+        return run(self, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunJob, "__call__", interrupted)
+        stopped = corral(*arguments, code=130).stderr
+    words = stopped.splitlines()[-1]
+    assert re.fullmatch(r"stopped after 7 of \d+ jobs; the same command goes on from here\.", words)
+    corral(*arguments)
+    assert (tmp_path / "out" / "weights-00000.bin").read_bytes() == (bundle / "weights-00000.bin").read_bytes()
 
 
 def test_a_rehearsal_prints_what_would_have_been_written(
