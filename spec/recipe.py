@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    requantize: bool = False  # weights that the checkpoint stores quantized in another way may be quantized again
 
     def __post_init__(self) -> None:
         target, scheme = target_named(self.target), scheme_named(self.weights)
@@ -62,5 +64,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     return Recipe.from_json(data | {k: v for k, v in overrides.items() if v is not None}, where=f"recipe {path}")
 
 
-def _toml(value: str | int) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+def _toml(value: str | int | bool) -> str:
+    return json.dumps(
+        value
+    )  # of strings without control characters, whole numbers and booleans TOML has JSON's spelling

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,30 @@ def test_compile_reports_coverage_and_the_next_command(
     data = json.loads(
         corral("compile", tiny_checkpoint("scout"), "-o", out, "--fresh", "--group-size", 32, "--json").stdout
     )
-    assert data["recipe"] == {"target": "cpu", "weights": "int4", "method": "rtn", "group_size": 32}
+    assert data["recipe"] == {
+        "target": "cpu",
+        "weights": "int4",
+        "method": "rtn",
+        "group_size": 32,
+        "requantize": False,
+    }
     assert data["bytes"] == sum(f.stat().st_size for f in out.iterdir() if f.name != "manifest.json")
+
+
+def test_compile_says_what_was_kept_as_published_and_what_was_quantized_again(
+    corral: Corral, published_checkpoint: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, _ = published_checkpoint("two_layers", "int4 g32")
+    out = tmp_path / "out"
+    kept = corral("compile", checkpoint, "-o", out, "--group-size", 32).stdout
+    assert re.search(r"experts +int4 g32, as published", kept)
+    assert re.search(r"attention +int4 g32 +\d", kept)
+    refused = corral("compile", checkpoint, "-o", tmp_path / "again", "--weights", "int8", "--group-size", 32, code=2)
+    assert "--requantize" in refused.stderr
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('weights = "int8"\ngroup_size = 32\nrequantize = true\n')
+    again = corral("compile", checkpoint, "-o", tmp_path / "again", "--recipe", recipe).stdout
+    assert re.search(r"experts +int8 g32, from int4 g32", again)
 
 
 def test_stages_one_by_one_end_in_a_bundle_that_runs(
