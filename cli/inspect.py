@@ -65,7 +65,7 @@ def _summary(bundle: Bundle, _: str | None) -> View:
         "stage": manifest.stage,
         "model": f"{model.num_layers} layers ({model.num_layers - nope} rope, {nope} nope), {experts}"
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size:,}",
-        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items()),
+        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items() if value is not False),
         "size": f"{size(manifest.bytes)} in {len(manifest.files)} files",
         "KV cache": "; ".join(
             f"{kv.kv_class}: {len(kv.layers)} layers, {size(kv.bytes(1))} a token"

@@ -188,7 +188,7 @@ def _matrix(
     """A module's matrix, of `shape`, and which of `schemes` it is of. Raises _Unfit."""
     packed = codes.name.endswith(PACKED)
     scales, zero_points, said = (store.tensors.get(module + last) for last in (SCALE, ZERO_POINT, SHAPE))
-    if len(shape) != 2 or (packed and codes.dtype != PACKED_DTYPE):
+    if len(shape) != 2 or 0 in shape or (packed and codes.dtype != PACKED_DTYPE):
         raise _Unfit("not stored as quantized matrices are", f"{codes.name} {codes.dtype} {list(codes.shape)}")
     matrix = shape[0], shape[1]
     if scales is None:

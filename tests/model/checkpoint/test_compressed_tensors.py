@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from corral.model.checkpoint import Checkpoint, open_checkpoint
+from corral.model.checkpoint.compressed_tensors import open_compressed_tensors
+from corral.model.checkpoint.expert_tensors import ExpertStore
 from corral.model.checkpoint.identity import checkpoint_identity
+from corral.model.checkpoint.quantized import QuantizedStore
+from corral.model.checkpoint.safetensors import open_safetensors
+from corral.model.checkpoint.store import TensorInfo, TensorStore
 from corral.spec.errors import InputError
 from corral.spec.weight_plan import Source
 
@@ -94,11 +102,6 @@ def test_codes_are_read_as_they_are_stored(published_checkpoint: Published) -> N
 
 def test_a_packed_word_by_hand(tmp_path: Path) -> None:
     """0x76543210 holds the codes 0, 1, … 7 in that order, which are -8 … -1."""
-    from safetensors.torch import save_file
-
-    from corral.model.checkpoint.compressed_tensors import open_compressed_tensors
-    from corral.model.checkpoint.safetensors import open_safetensors
-
     save_file(
         {
             "x.weight_packed": torch.tensor([[0x76543210, -1]], dtype=torch.int32),
@@ -115,11 +118,49 @@ def test_a_packed_word_by_hand(tmp_path: Path) -> None:
     assert store.read_slice("x.weight", ()).tolist() == [[-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5] + [14.0] * 8]
 
 
-def test_the_identity_follows_every_stored_tensor(quantized_copy: Path, edit_weights: Callable[..., None]) -> None:
+def test_the_identity_follows_the_files_of_the_scales(quantized_copy: Path) -> None:
+    tensors = load_file(quantized_copy / "model.safetensors")
+    (quantized_copy / "model.safetensors").unlink()
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith("_scale")}
+    save_file(scales, quantized_copy / "scales.safetensors")
+    save_file({n: t for n, t in tensors.items() if n not in scales}, quantized_copy / "rest.safetensors")
     before = checkpoint_identity(open_checkpoint(quantized_copy))
     assert checkpoint_identity(open_checkpoint(quantized_copy)) == before
-    edit_weights(quantized_copy, lambda t: t.update({f"{SHARED}.weight_scale": t[f"{SHARED}.weight_scale"].float()}))
+    os.utime(quantized_copy / "scales.safetensors", (1, 1))
     assert checkpoint_identity(open_checkpoint(quantized_copy)) != before
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """A store that notes what is read of another."""
+
+    store: TensorStore
+    read: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.store.tensors
+
+    def read_slice(self, name: str, where: tuple[int | slice, ...]) -> torch.Tensor:
+        self.read.append((name, where))
+        return self.store.read_slice(name, where)
+
+
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_a_slice_reads_its_words_and_scales_of_one_expert_only(
+    published_checkpoint: Published, as_stored: bool
+) -> None:
+    checkpoint = open_checkpoint(published_checkpoint("maverick", "int4 g32")[0])
+    assert isinstance(checkpoint.store, ExpertStore) and isinstance(checkpoint.store.stored, QuantizedStore)
+    recorder = Recorder(checkpoint.store.stored.stored)
+    quantized = dataclasses.replace(checkpoint.store.stored, stored=recorder)
+    watched = dataclasses.replace(checkpoint, store=dataclasses.replace(checkpoint.store, stored=quantized))
+    watched.read_piece(Source(GATE_UP, (8, 10), (32, 64), index=3, transposed=True, as_stored=as_stored))
+    rows = slice(8, 10)
+    assert recorder.read == [
+        (f"{GATE_3}.weight_packed", (rows, slice(4, 8))),
+        (f"{GATE_3}.weight_scale", (rows, slice(1, 2))),
+    ]
 
 
 def test_scales_of_activations_are_dropped_and_named(quantized_copy: Path, edit_weights: Callable[..., None]) -> None:
@@ -171,6 +212,10 @@ def put(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], o
         (
             put(f"{SHARED}.weight_packed", lambda packed: packed[:5]),
             rf"{SHARED}\.weight_scale \[64, 2\] not \[5, 2\]",
+        ),
+        (
+            put(f"{GATE_3}.weight_packed", lambda packed: packed[:, :0]),
+            rf"not stored as quantized matrices are: {GATE_3}\.weight_packed int32 \[64, 0\]",
         ),
         (put(f"{GATE_3}.weight_g_idx", lambda _: torch.zeros(64)), rf"1 unknown: {GATE_3}\.weight_g_idx"),
     ],
