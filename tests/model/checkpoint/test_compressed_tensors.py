@@ -236,6 +236,16 @@ def test_one_defect_is_told_once(quantized_copy: Path, edit_weights: Callable[..
     assert str(error.value).count(GATE_3) == 1
 
 
+def test_a_damaged_head_beside_tied_embeddings_is_named(
+    published_checkpoint: Published, edit_weights: Callable[..., None], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(published_checkpoint("tied", "int4 g32")[0], tmp_path / "copy"))
+    head = "language_model.lm_head.weight_packed"
+    edit_weights(copy, put(head, lambda _: torch.zeros(320, 8, dtype=torch.int32)))
+    with pytest.raises(InputError, match=f"1 quantized without scales: {head} lacks weight_scale"):
+        open_checkpoint(copy)
+
+
 def test_one_error_says_all_that_is_wrong(quantized_copy: Path, edit_weights: Callable[..., None]) -> None:
     def damage(tensors: dict[str, Any]) -> None:
         del tensors[f"{GATE_3}.weight_scale"]
