@@ -65,7 +65,7 @@ def _summary(bundle: Bundle, _: str | None) -> View:
         "stage": manifest.stage,
         "model": f"{counted(model.num_layers, 'layer')} ({model.num_layers - nope} rope, {nope} nope), {experts}"
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size:,}",
-        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items()),
+        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items() if value is not False),
         "stages": "; ".join(
             f"layers {graph.first_layer}-{graph.end_layer - 1} in {graph.path}" for graph in manifest.graphs
         ),

@@ -65,7 +65,7 @@ def rehearse(
     source = open_checkpoint(Path(checkpoint))
     work = lower(source, recipe, progress=progress)
     placements = place_weights(work, split_stages(work))
-    return rehearse_plan(work.plan, placements, source.read, how, progress)
+    return rehearse_plan(work.plan, placements, source.read_piece, how, progress)
 
 
 def rehearse_plan(

@@ -37,6 +37,7 @@ class Source:
     the checkpoint stores inputs by outputs; `rows` and `columns` (start, stop) then cut it. A vector has rows only.
     With `interleave`, the matrix's rows are two halves (gate, then up), and `rows` counts them in an order in which so
     many of one and so many of the other alternate: what is stored in that order can then be cut along it.
+    `as_stored` reads a quantized tensor's codes and scales; otherwise its values are read, whatever they are stored as.
     """
 
     tensor: str
@@ -45,6 +46,7 @@ class Source:
     index: int | None = None
     transposed: bool = False
     interleave: int = 0
+    as_stored: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +86,8 @@ class Entry:
     """One tensor of the artefact.
 
     `shape` and `dtype` are as stored. `weight` is the model parameter (or several, joined by "+") it belongs to, and
-    `parameters` how many of the model's numbers it represents (0 for scales), for the coverage table.
+    `parameters` how many of the model's numbers it represents (0 for scales), for the coverage table; `published` says how
+    the checkpoint stores it where that is quantized, in the words of `quant_scheme.in_words` where those say it all.
     `cut` is the axis of the *source matrix* along which the stored tensor's first axis runs: a piece may then be
     computed in parts along it, in multiples of `cut_multiple`; None: only whole.
     """
@@ -98,6 +101,7 @@ class Entry:
     parameters: int = 0
     cut: Literal["rows", "columns"] | None = None
     cut_multiple: int = 1
+    published: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -29,10 +29,20 @@ def columns(array: NDArray[np.generic], *, dtype: str) -> NDArray[np.generic]:
     return np.ascontiguousarray(array.T, dtype=NUMPY_TYPE[dtype])
 
 
+def as_published(stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int) -> Mapping[str, NDArray[Any]]:
+    """Codes and scales as the checkpoint has them, in the form that quantizers give: unsigned codes of `bits`, uint8
+    [outputs, inputs], and float32 scales [outputs, inputs / group_size]."""
+    rows, columns = stored["codes"].shape
+    if stored["scales"].shape != (rows, columns // group_size) or columns % group_size or bits != 4:
+        raise AssertionError(f"codes {rows} x {columns}, scales {stored['scales'].shape}: not int{bits} g{group_size}")
+    return stored
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "rows": rows,
     "columns": columns,
     "rtn": rtn,
+    "as_published": as_published,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
 }

@@ -93,6 +93,22 @@ def test_a_rehearsal_prints_what_would_have_been_written(
     assert "nothing was written" in shown
 
 
+def test_compile_says_what_was_kept_as_published_and_what_was_quantized_again(
+    corral: Corral, published_checkpoint: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, _ = published_checkpoint("two_layers", "int4 g32")
+    out = tmp_path / "out"
+    kept = corral("compile", checkpoint, "-o", out, "--group-size", 32).stdout
+    assert re.search(r"experts +int4 g32, as published", kept)
+    assert re.search(r"attention +int4 g32 +\d", kept)
+    refused = corral("compile", checkpoint, "-o", tmp_path / "again", "--weights", "int8", "--group-size", 32, code=2)
+    assert "--requantize" in refused.stderr
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('weights = "int8"\ngroup_size = 32\nrequantize = true\n')
+    again = corral("compile", checkpoint, "-o", tmp_path / "again", "--recipe", recipe).stdout
+    assert re.search(r"experts +int8 g32, from int4 g32", again)
+
+
 def test_stages_one_by_one_end_in_a_bundle_that_runs(
     corral: Corral, tiny_checkpoint: TinyCheckpoint, bundle: Path, tmp_path: Path
 ) -> None:

@@ -13,12 +13,14 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from corral.graphs import compile
 from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Llama4Text
 from corral.runtime import LLM
 from corral.spec.bundle import open_bundle
 from corral.spec.kv_layout import kv_layouts
+from corral.spec.recipe import Recipe
 
 GROUP = 32
 Bundle = Callable[[str, str, str], Path]
@@ -92,6 +94,27 @@ def test_cpu_kernels_compute_the_dequantized_model(
     with torch.no_grad():
         want = model.logits(torch.tensor(ids)[None])[0].numpy()
     got = first_chunk_logits(onnxruntime_in_float(bundle / "decoder.onnx"), bundle, model, ids)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize(("published", "weights"), [("fp8 per output", "fp32"), ("int4 g32", "int4")])
+def test_published_weights_compute_what_their_authors_mean(
+    published_checkpoint: Callable[..., tuple[Path, Path]], tmp_path: Path, published: str, weights: str, target: str
+) -> None:
+    """Against the numbers that the library dequantizes. Every matrix but the routers is published quantized."""
+    quantized, plain = published_checkpoint("two_layers", published, "^(?!.*router)")
+    compile(quantized, tmp_path / "out", Recipe(target=target, weights=weights, group_size=GROUP))
+    model = load_reference(open_checkpoint(plain))
+    ids = np.random.default_rng(7).integers(0, 256, 16)
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    path = tmp_path / "out" / "decoder.onnx"
+    if target == "portable":
+        evaluator = onnx.reference.ReferenceEvaluator(onnx.load(path))
+        got = first_chunk_logits(lambda names, feeds: evaluator.run(names, feeds), path.parent, model, ids)
+    else:
+        got = first_chunk_logits(onnxruntime_in_float(path), path.parent, model, ids)
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 

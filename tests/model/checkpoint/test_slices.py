@@ -143,4 +143,4 @@ def test_halves_alternate_in_runs(
     name = "torch.float32.even" if transposed else "torch.float32.3"
     source = Source(name, rows, columns, index=2, transposed=transposed, interleave=run)
     expected = whole[order][slice(*rows), slice(*columns)].numpy()
-    np.testing.assert_array_equal(checkpoint.read(source), expected)
+    np.testing.assert_array_equal(checkpoint.read_piece(source), expected)
