@@ -73,9 +73,9 @@ def write_bundle(
         names = execute(jobs, shards, checkpoint.read, journal, how, progress)
         names.append(_write(out, GRAPH_FILE, graph_bytes(work, placements)))
         names.append(_write(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
-        tokenizer, template = checkpoint.tokenizer_path, checkpoint.chat_template()
+        tokenizer, template = checkpoint.tokenizer(), checkpoint.chat_template()
         if tokenizer is not None:
-            names.append(_write(out, TOKENIZER_FILE, tokenizer.read_bytes()))
+            names.append(_write(out, TOKENIZER_FILE, tokenizer))
         if template is not None:
             names.append(_write(out, TEMPLATE_FILE, template.encode()))
         embedding, place = work.plan.entries[EMBEDDING_ENTRY], placements[EMBEDDING_ENTRY]

@@ -31,6 +31,7 @@ class Checkpoint:
     store: TensorStore
     names: Mapping[str, str]  # our parameter -> its tensor; every parameter of the config is there
     dropped: tuple[str, ...]  # tensors that are deliberately not read
+    config_name: str = "config.json"  # the file that describes the model
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -66,10 +67,9 @@ class Checkpoint:
         """Every parameter, whole, under our names in its own dtype: for models that fit in memory."""
         return {name: self.store.read_slice(tensor, ()).clone() for name, tensor in self.names.items()}
 
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """`tokenizer.json`, or None."""
-        return tokenizer_files.find_tokenizer(self.directory)
+    def tokenizer(self) -> bytes | None:
+        """The content of `tokenizer.json`, or None. Takes seconds where Meta's `tokenizer.model` must be converted."""
+        return tokenizer_files.read_tokenizer(self.directory)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -91,11 +91,11 @@ class Checkpoint:
 
     @property
     def config_sha256(self) -> str:
-        """Of `config.json`; a synthetic checkpoint has none, and its config itself is hashed."""
+        """Of the file `config_name`; a synthetic checkpoint has none, and its config itself is hashed."""
         if is_synthetic(self.directory):
             data = json.dumps(self.config.to_json(), sort_keys=True).encode()
         else:
-            data = (self.directory / "config.json").read_bytes()
+            data = (self.directory / self.config_name).read_bytes()
         return hashlib.sha256(data).hexdigest()
 
     def _view(self, source: Source) -> Tensor:

@@ -16,7 +16,7 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
     tensors = checkpoint.tensors
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape} {tensors[name].file.name}\n".encode())
-    for file in sorted({info.file for info in tensors.values()}):
+    for file in sorted({file for info in tensors.values() for file in info.files}):
         if file.exists():  # values may come from elsewhere than from files
             found = file.stat()
             digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())

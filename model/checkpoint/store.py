@@ -14,12 +14,17 @@ LISTED = 8  # names shown before "and N more"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its own name, the file it lies in, dtype (as in a weight plan: "bfloat16", …) and shape."""
+    """One stored tensor: its own name, where it lies, dtype (as in a weight plan: "bfloat16", …) and shape."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    other_files: tuple[Path, ...] = ()  # where it lies in several
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file, *self.other_files)
 
 
 class TensorStore(Protocol):
