@@ -12,11 +12,13 @@ import torch
 
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.json_file import read_json
+from corral.model.checkpoint.meta_pth import can_open_meta, open_meta
 from corral.model.checkpoint.names import EMBEDDING, HEAD, detect_form, expected_parameters, is_dropped
 from corral.model.checkpoint.safetensors import can_open_safetensors, open_safetensors
 from corral.model.checkpoint.store import TensorStore, listed
 from corral.model.checkpoint.synthetic import FORM, is_synthetic, open_synthetic, parse_synthetic
 from corral.spec.errors import InputError
+from corral.spec.meta_params import PARAMS_NAME
 from corral.spec.model_config import ModelConfig, read_config
 
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
@@ -24,15 +26,26 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store weights in a directory."""
+    """One way to store a checkpoint in a directory: weights, and the file that says what they are."""
 
     name: str
+    config_name: str
     can_open: Callable[[Path], bool]
-    open: Callable[[Path], TensorStore]
+    open: Callable[[Path], tuple[ModelConfig, TensorStore]]
 
 
-FORMATS = (Format("safetensors", can_open_safetensors, open_safetensors),)
-# What else people have, told apart so that the error can say so. Pickles run code when read: none is, ever.
+def _open_hugging_face(directory: Path) -> tuple[ModelConfig, TensorStore]:
+    config = read_config(directory / CONFIG_NAME)
+    _refuse_quantized(directory / CONFIG_NAME)
+    return config, open_safetensors(directory)
+
+
+CONFIG_NAME = "config.json"
+FORMATS = (
+    Format("safetensors", CONFIG_NAME, can_open_safetensors, _open_hugging_face),
+    Format("Meta's consolidated.*.pth", PARAMS_NAME, can_open_meta, open_meta),
+)
+# What else people have, told apart so that the error can say so.
 REFUSED_FILES = {"*.bin": "PyTorch pickles", "*.pt": "PyTorch pickles", "*.pth": "PyTorch pickles", "*.gguf": "GGUF"}
 
 
@@ -46,18 +59,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if is_synthetic(directory):
         return _open_synthetic(str(directory))
     _check_directory(directory)
-    config = read_config(directory / "config.json")
-    _refuse_quantized(directory / "config.json")
-    store = _open_store(directory)
+    stored_as = _format(directory)
+    config, store = stored_as.open(directory)
     form = detect_form(store.tensors, config)
     names = {name: form.source(name) for name in expected_parameters(config)}
     dropped = {name for name in store.tensors if is_dropped(name)}
     if config.tie_word_embeddings and form.head in store.tensors:
         _check_tied(store, form.source(EMBEDDING), form.source(HEAD))
         dropped.add(form.head)
-    _check_tensors(directory, config, store, names, dropped)
+    _check_tensors(directory / stored_as.config_name, config, store, names, dropped)
     return Checkpoint(
         directory=directory,
+        config_name=stored_as.config_name,
         config=config,
         store=store,
         names=names,
@@ -110,10 +123,11 @@ def _refuse_quantized(path: Path) -> None:
             )
 
 
-def _open_store(directory: Path) -> TensorStore:
+def _format(directory: Path) -> Format:
     for form in FORMATS:
         if form.can_open(directory):
-            return form.open(directory)
+            return form
+    read_config(directory / CONFIG_NAME)  # says first where not even that is there
     others = [f"{kind} ({pattern})" for pattern, kind in REFUSED_FILES.items() if any(directory.glob(pattern))]
     instead = f"it holds {' and '.join(others)}, which corral does not read" if others else "it holds no weights at all"
     raise InputError(
@@ -122,7 +136,7 @@ def _open_store(directory: Path) -> TensorStore:
 
 
 def _check_tensors(
-    directory: Path, config: ModelConfig, store: TensorStore, names: dict[str, str], dropped: set[str]
+    described: Path, config: ModelConfig, store: TensorStore, names: dict[str, str], dropped: set[str]
 ) -> None:
     """Every parameter is there, of the right shape and a dtype we read, and nothing else: or one error says it all."""
     shapes = {names[name]: shape for name, shape in expected_parameters(config).items()}
@@ -134,13 +148,13 @@ def _check_tensors(
     complaints = {
         "missing": missing,
         "unknown": unknown,
-        "of another shape than config.json says": wrong_shape,
+        f"of another shape than {described.name} says": wrong_shape,
         f"of another dtype than {', '.join(WEIGHT_DTYPES)}": wrong_dtype,
     }
     found = [f"{len(names)} {what}: {listed(names)}" for what, names in complaints.items() if names]
     if found:
         raise InputError(
-            f"{directory}: the tensors are not those that config.json describes; {'; '.join(found)}. Either the "
+            f"{described.parent}: the tensors are not those that {described.name} describes; {'; '.join(found)}. Either the "
             "checkpoint is incomplete or damaged (download it again) or it is not a plain Llama 4."
         )
 
