@@ -26,7 +26,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile a CHECKPOINT directory (config.json, *.safetensors) into a bundle that runs without it."""
+    """Compile a CHECKPOINT, a directory or OWNER/NAME on the Hub, into a bundle that runs without it."""
     recipe = chosen_recipe(recipe_file, options)
     from corral.cli.bundle_view import show_written
     from corral.cli.progress import show_progress

@@ -109,7 +109,7 @@ def write_bundle(
 def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:
     recipe = work.recipe.to_json()
     words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items())
-    return f"{checkpoint.directory.resolve().name} ({words})"
+    return f"{checkpoint.name} ({words})"
 
 
 def _check_disk_space(shards: Shards) -> None:
@@ -133,5 +133,7 @@ def _write(out: Path, name: str, data: bytes) -> str:
 
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:
     """Which checkpoint this came from. An unfinished stage must find it again; a finished bundle is free of paths."""
-    source = {"name": Path(checkpoint.location).name, "config_sha256": checkpoint.config_sha256}
+    source = {"name": checkpoint.name, "config_sha256": checkpoint.config_sha256}
+    if checkpoint.hub is not None and checkpoint.hub.revision is not None:
+        source["revision"] = checkpoint.hub.revision
     return source if stage == "ready" else {**source, "checkpoint": checkpoint.location}

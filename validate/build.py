@@ -86,15 +86,15 @@ class CheckpointBuild:
 
     kind = "checkpoint"
 
-    def __init__(self, path: Path, *, threads: int | None) -> None:
+    def __init__(self, path: Path, *, threads: int | None, progress: Progress = silent) -> None:
         import torch
 
         from corral.model.checkpoint import load_reference, open_checkpoint
 
         if threads is not None:
             torch.set_num_threads(threads)
-        checkpoint = open_checkpoint(path)
-        self.name = path.resolve().name
+        checkpoint = open_checkpoint(path, progress=progress)
+        self.name = checkpoint.name
         self.config = checkpoint.config
         files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
         self.bytes = sum(file.stat().st_size for file in files if file.exists())  # synthetic ones have none
@@ -124,7 +124,11 @@ def open_build(path: Path, *, provider: str, threads: int | None, progress: Prog
     if (path / MANIFEST_NAME).is_file():
         return BundleBuild(path, provider=provider, threads=threads, progress=progress)
     if any((path / name).is_file() for name in CONFIG_NAMES) or str(path).startswith(SYNTHETIC):
-        return CheckpointBuild(path, threads=threads)
+        return CheckpointBuild(path, threads=threads, progress=progress)
+    from corral.model.checkpoint.hub import hub_name
+
+    if hub_name(path) is not None:
+        return CheckpointBuild(path, threads=threads, progress=progress)
     found = "does not exist" if not path.exists() else f"holds neither {MANIFEST_NAME} nor {CONFIG_NAMES[0]}"
     raise InputError(
         f"{path} {found}; expected a bundle or a checkpoint directory. Make a bundle with "

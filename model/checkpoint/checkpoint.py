@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corral.model.checkpoint import tokenizer_files
+from corral.model.checkpoint.hub import HubName
 from corral.model.checkpoint.names import EMBEDDING, HEAD
 from corral.model.checkpoint.store import TensorInfo, TensorStore
 from corral.model.checkpoint.synthetic import is_synthetic
@@ -32,6 +33,7 @@ class Checkpoint:
     names: Mapping[str, str]  # our parameter -> its tensor; every parameter of the config is there
     dropped: tuple[str, ...]  # tensors that are deliberately not read
     config_name: str = "config.json"  # the file that describes the model
+    hub: HubName | None = None  # the repository that it is of, pinned to a commit
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -86,8 +88,15 @@ class Checkpoint:
 
     @property
     def location(self) -> str:
-        """What opens this checkpoint again from another working directory."""
+        """What opens this checkpoint again, from another working directory and in another year."""
+        if self.hub is not None:
+            return str(self.hub)
         return str(self.directory if is_synthetic(self.directory) else self.directory.resolve())
+
+    @property
+    def name(self) -> str:
+        """What to call it: its repository, the directory's name, or `synthetic:…`."""
+        return Path(self.location).name if self.hub is None else self.hub.repository
 
     @property
     def config_sha256(self) -> str:

@@ -124,4 +124,4 @@ def layout_of(stored: str) -> tuple[tuple[str, ...], Layout] | None:
     match = LAYER.fullmatch(stored)
     prefix, name = (match["prefix"], match["name"]) if match else ("", stored)
     layout = (LAYER_LAYOUTS if match else TOP_LAYOUTS).get(name)
-    return layout and (tuple(prefix + held for held in layout.holds), layout)
+    return None if layout is None else (tuple(prefix + held for held in layout.holds), layout)

@@ -85,8 +85,8 @@ class MetaStore:
             values = met[0][0]
         else:
             values = torch.empty([len(cut) for cut in wanted], dtype=getattr(torch, info.dtype))
-            for found, place in met:
-                values[place] = found
+            for part, place in met:
+                values[place] = part
         return values[tuple(0 if isinstance(cut, int) else slice(None) for cut in cuts)]
 
 

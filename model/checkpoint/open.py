@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.hub import fetch, hub_name
 from corral.model.checkpoint.json_file import read_json
 from corral.model.checkpoint.meta_pth import can_open_meta, open_meta
 from corral.model.checkpoint.names import EMBEDDING, HEAD, detect_form, expected_parameters, is_dropped
@@ -20,6 +21,7 @@ from corral.model.checkpoint.synthetic import FORM, is_synthetic, open_synthetic
 from corral.spec.errors import InputError
 from corral.spec.meta_params import PARAMS_NAME
 from corral.spec.model_config import ModelConfig, read_config
+from corral.spec.progress import Progress, silent
 
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 
@@ -34,10 +36,12 @@ class Format:
     open: Callable[[Path], tuple[ModelConfig, TensorStore]]
 
 
-def _open_hugging_face(directory: Path) -> tuple[ModelConfig, TensorStore]:
+def _open_hugging_face(
+    directory: Path, open_store: Callable[[Path], TensorStore] = open_safetensors
+) -> tuple[ModelConfig, TensorStore]:
     config = read_config(directory / CONFIG_NAME)
     _refuse_quantized(directory / CONFIG_NAME)
-    return config, open_safetensors(directory)
+    return config, open_store(directory)
 
 
 CONFIG_NAME = "config.json"
@@ -49,8 +53,11 @@ FORMATS = (
 REFUSED_FILES = {"*.bin": "PyTorch pickles", "*.pt": "PyTorch pickles", "*.pth": "PyTorch pickles", "*.gguf": "GGUF"}
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, weights: bool = True, progress: Progress = silent) -> Checkpoint:
     """Open and check a checkpoint directory, reading headers only; `synthetic:PRESET` opens one that is made up.
+
+    `owner/name[@revision]` opens one on the Hub and downloads what is needed of it; without `weights` only config and
+    headers, which say all but the values. Raises EnvironmentProblem where it is gated or cannot be reached.
 
     Raises InputError where it is missing, malformed, quantized, of another architecture, or where tensors are unknown,
     missing, or of the wrong shape or dtype (all of these in one error).
@@ -58,9 +65,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     directory = Path(path)
     if is_synthetic(directory):
         return _open_synthetic(str(directory))
+    hub = None
+    if (name := hub_name(directory)) is not None:
+        snapshot = fetch(name, weights=weights, progress=progress)
+        hub, directory = snapshot.name, snapshot.directory
     _check_directory(directory)
-    stored_as = _format(directory)
-    config, store = stored_as.open(directory)
+    if hub is not None and not weights:
+        stored_as, headers = FORMATS[0], snapshot.headers()
+        config, store = _open_hugging_face(directory, lambda _: headers)
+    else:
+        stored_as = _format(directory)
+        config, store = stored_as.open(directory)
     form = detect_form(store.tensors, config)
     names = {name: form.source(name) for name in expected_parameters(config)}
     dropped = {name for name in store.tensors if is_dropped(name)}
@@ -71,6 +86,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(
         directory=directory,
         config_name=stored_as.config_name,
+        hub=hub,
         config=config,
         store=store,
         names=names,

@@ -14,6 +14,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from corral.spec.errors import InputError
 PICKLE_BYTES = 64 << 20  # the largest description that is read; that of a shard of Maverick has less than one
 LOCAL_HEADER_BYTES = 30  # of a zip record, before its name and extra field (APPNOTE.TXT 4.3.7)
 # Transformer Engine leaves its state in the published files as io.BytesIO, which holds bytes and does nothing.
-HARMLESS = [io.BytesIO]
+HARMLESS: list[Any] = [io.BytesIO]
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,15 @@ def _place(name: str, tensor: Tensor, records: dict[int, int], file: Path) -> St
     where = f'{file}: tensor "{name[:200]}"'
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise InputError(f"{where} is {tensor.layout}, expected plain numbers.")
-    storage = tensor.untyped_storage()
+    storage, start = tensor.untyped_storage(), int(tensor.storage_offset())
     begin, shape, strides = getattr(storage, "_checkpoint_offset", -1), tuple(tensor.shape), tuple(tensor.stride())
-    size = (tensor.storage_offset() + _span(shape, strides)) * tensor.itemsize
+    size = (start + _span(shape, strides)) * tensor.itemsize
     if records.get(begin) != storage.nbytes() or size > storage.nbytes():
         raise InputError(
             f"{where} of {dtype} {list(shape)} is said to have {storage.nbytes()} bytes at byte {begin}, but the archive "
             f"has a record of {records.get(begin, 0)} bytes there: it is damaged."
         )
-    return StoredTensor(file, begin + tensor.storage_offset() * tensor.itemsize, dtype, shape, strides)
+    return StoredTensor(file, begin + start * tensor.itemsize, dtype, shape, strides)
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -1,0 +1,406 @@
+"""Checkpoints by name, against a stand-in of the Hub's HTTP API on loopback. No test has talked to the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+
+from corral.model.checkpoint import open_checkpoint
+from corral.model.checkpoint.hub import HubName, hub_name
+from corral.spec.errors import EnvironmentProblem, InputError
+
+NAME, TOKEN = "herd/tiny-scout", "hf_letmein"
+FIRST, SECOND = "1" * 40, "2" * 40
+LFS = (".safetensors", ".pth")
+
+
+@dataclass
+class Repository:
+    """Commits, each with its files; branches; who may read it."""
+
+    commits: dict[str, dict[str, bytes]]
+    branches: dict[str, str]
+    gated: bool = False
+
+
+@dataclass
+class Hub:
+    """The stand-in: what it holds, what it was asked for, and which file's download it breaks off once, and where."""
+
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, file or api path, range
+    break_off: dict[str, int] = field(default_factory=dict)
+    endpoint: str = ""
+    cdn: str = ""  # another host, as the real one's: large files lie there, and a token must not get there
+
+    def asked_for(self, method: str = "GET") -> set[str]:
+        """Files whose content (GET) or description (HEAD) was asked for."""
+        return {what for how, what, _ in self.requests if how == method and not what.startswith("/")}
+
+
+API = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+?)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+RESOLVE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+CDN = re.compile(r"/cdn/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)")
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            for pattern, answer in ((API, self.api), (CDN, self.content), (RESOLVE, self.resolve)):
+                if match := pattern.fullmatch(path):
+                    what = match.groupdict().get("file") or path
+                    hub.requests.append((self.command, what, self.headers.get("Range") or ""))
+                    return answer(**match.groupdict())
+            return self.say(404, {"X-Error-Code": "RepoNotFound"})
+
+        def say(self, status: int, headers: dict[str, str], body: bytes = b"", sent: int | None = None) -> None:
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[:sent])
+                if sent is not None:
+                    self.close_connection = True
+
+        def find(self, name: str, revision: str | None) -> tuple[Repository, str] | None:
+            repository = hub.repositories.get(name)
+            if repository is None:
+                self.say(404, {"X-Error-Code": "RepoNotFound"})
+                return None
+            commit = repository.branches.get(revision or "main", revision or "")
+            if commit not in repository.commits:
+                self.say(404, {"X-Error-Code": "RevisionNotFound"})
+                return None
+            return repository, commit
+
+        def api(self, name: str, what: str | None, revision: str | None) -> None:
+            if (found := self.find(name, revision)) is None:
+                return
+            repository, commit = found
+            files = repository.commits[commit]
+            tree = [
+                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                | ({"lfs": {"oid": digest(data), "size": len(data), "pointerSize": 134}} if path.endswith(LFS) else {})
+                for path, data in files.items()
+            ]
+            info = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+            self.say(200, {"Content-Type": "application/json"}, json.dumps(tree if what == "tree" else info).encode())
+
+        def resolve(self, name: str, revision: str, file: str) -> None:
+            if (found := self.find(name, revision)) is None:
+                return
+            repository, commit = found
+            if repository.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                known = "Authorization" in self.headers
+                return self.say(403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Repo-Commit": commit})
+            if file not in repository.commits[commit]:
+                return self.say(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            data = repository.commits[commit][file]
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+            if not file.endswith(LFS):
+                return self.say(200, headers, data)
+            linked = {"X-Linked-Etag": f'"{digest(data)}"', "X-Linked-Size": str(len(data))}
+            self.say(302, headers | linked | {"Location": f"{hub.cdn}/cdn/{name}/{commit}/{file}"})
+
+        def content(self, name: str, revision: str, file: str) -> None:
+            assert "Authorization" not in self.headers
+            data = hub.repositories[name].commits[revision][file]
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if match is None:
+                return self.say(200, {"ETag": f'"{digest(data)}"'}, data, hub.break_off.pop(file, None))
+            begin, end = int(match[1]), int(match[2] or len(data) - 1) + 1
+            self.say(206, {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}, data[begin:end])
+
+    return Handler
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The stand-in, running, and huggingface_hub pointed to it with an empty cache."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    hub.endpoint, hub.cdn = (f"http://{host}:{server.server_port}" for host in ("127.0.0.1", "localhost"))
+    # The library reads the environment when it is imported, which another test may have done before.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    huggingface_hub.close_session()
+    yield hub
+    huggingface_hub.close_session()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def repository(hub: Hub, tiny_checkpoint: Callable[[str], Path]) -> Repository:
+    """The multimodal checkpoint, published; beside it what a repository has besides."""
+    files = files_of(tiny_checkpoint("multimodal"))
+    more = {"README.md": b"#", "pytorch_model.bin": b"\x80", "original/params.json": b"{}"}
+    files |= more | {"original/consolidated.00.pth": b"PK", "consolidated.00.pth": b"PK", "onnx/model.onnx": b"o"}
+    hub.repositories[NAME] = Repository({FIRST: files}, {"main": FIRST})
+    return hub.repositories[NAME]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", HubName("meta-llama/Llama-4-Scout-17B-16E-Instruct")),
+        ("a/b@main", HubName("a/b", "main")),
+        ("a/b@refs/pr/3", HubName("a/b", "refs/pr/3")),
+        ("scout", None),
+        ("/a/b", None),
+        ("../a/b", None),
+        ("a/b/c", None),
+        ("a/b@", None),
+        ("a/b@../c", None),
+        ("synthetic:scout?layers=4", None),
+    ],
+)
+def test_what_is_a_name(text: str, expected: HubName | None) -> None:
+    assert hub_name(Path(text)) == expected
+
+
+def test_a_path_that_is_there_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "herd/tiny-scout").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_name(Path(NAME)) is None
+
+
+def test_a_checkpoint_by_name_is_that_of_the_directory(
+    hub: Hub, repository: Repository, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    shown: list[tuple[str, float, float, str]] = []
+    checkpoint = open_checkpoint(NAME, progress=lambda *told: shown.append(told))
+    local = open_checkpoint(tiny_checkpoint("multimodal"))
+    mine, theirs = checkpoint.state_dict(), local.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    assert checkpoint.config == local.config
+    assert checkpoint.tokenizer() == local.tokenizer()
+    assert (checkpoint.name, checkpoint.location) == (NAME, f"{NAME}@{FIRST}")
+    # Loaders refuse links: the blobs themselves are opened.
+    assert all(not info.file.is_symlink() for info in checkpoint.tensors.values())
+    weights = sum(len(data) for name, data in repository.commits[FIRST].items() if name.endswith(".safetensors"))
+    assert shown[0][0] == f"look up {NAME}"
+    assert shown[-1] == ("download", weights, weights, "bytes")
+
+
+def test_only_what_is_needed_is_asked_for(hub: Hub, repository: Repository) -> None:
+    open_checkpoint(NAME)
+    assert hub.asked_for() == hub.asked_for("HEAD") == {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    }  # fmt: skip
+
+
+def test_a_file_of_nothing_but_the_image_encoder_is_left_out(hub: Hub, repository: Repository) -> None:
+    from safetensors.torch import load, save
+
+    files = repository.commits[FIRST]
+    index = json.loads(files["model.safetensors.index.json"])
+    images = [name for name in index["weight_map"] if not name.startswith("language_model.")]
+    vision: dict[str, torch.Tensor] = {}
+    for file in sorted(set(index["weight_map"].values())):
+        tensors = load(files[file])
+        vision |= {name: tensors.pop(name) for name in images if name in tensors}
+        files[file] = save(tensors)
+    files["vision.safetensors"] = save(vision)
+    index["weight_map"] |= dict.fromkeys(images, "vision.safetensors")
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    assert len(open_checkpoint(NAME).state_dict()) > 50
+    assert "vision.safetensors" not in hub.asked_for() | hub.asked_for("HEAD")
+    assert open_checkpoint(NAME, weights=False).info("norm.weight").dtype == "bfloat16"
+
+
+def test_the_commit_is_pinned_when_the_branch_moves(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+    from corral.graphs.stages import export_stage, quantize_stage
+    from corral.spec.recipe import Recipe
+
+    exported = export_stage(NAME, tmp_path / "exported").manifest
+    assert (exported.source["name"], exported.source["revision"]) == (NAME, FIRST)
+    assert exported.source["checkpoint"] == f"{NAME}@{FIRST}"
+    repository.commits[SECOND] = repository.commits[FIRST] | {"config.json": b"{}"}
+    repository.branches["main"] = SECOND
+    with pytest.raises(InputError, match="model_type"):
+        open_checkpoint(NAME)
+    # The next stage goes on with the commit that the first one saw.
+    quantized = quantize_stage(
+        tmp_path / "exported", tmp_path / "quantized", Recipe(weights="int8", group_size=32)
+    ).manifest
+    assert quantized.source["revision"] == FIRST
+    assert open_checkpoint(f"{NAME}@{FIRST}").location == f"{NAME}@{FIRST}"
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # of 10 MB: what is lost of a broken connection
+    shard = "model-00002-of-00002.safetensors"
+    hub.break_off[shard] = 5000
+    assert open_checkpoint(NAME).state_dict()
+    asked = [(method, span) for method, what, span in hub.requests if what == shard and method == "GET"]
+    assert asked == [("GET", ""), ("GET", "bytes=5000-")]
+
+
+def test_whole_files_are_not_fetched_twice(hub: Hub, repository: Repository) -> None:
+    missing = repository.commits[FIRST].pop("model-00002-of-00002.safetensors")
+    with pytest.raises(InputError, match=r"has no file model-00002-of-00002\.safetensors, which its"):
+        open_checkpoint(NAME)
+    repository.commits[SECOND] = repository.commits[FIRST] | {"model-00002-of-00002.safetensors": missing}
+    repository.branches["main"] = SECOND
+    hub.requests.clear()
+    open_checkpoint(NAME)
+    assert hub.asked_for() == {"model-00002-of-00002.safetensors"}
+    hub.requests.clear()
+    open_checkpoint(NAME)
+    assert hub.asked_for() == set()
+
+
+def test_what_was_downloaded_works_offline(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(EnvironmentProblem, match=r"herd/tiny-scout is no directory here.*HF_HUB_OFFLINE"):
+            open_checkpoint(NAME)
+    open_checkpoint(NAME, weights=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    with pytest.raises(EnvironmentProblem, match="nor is all of it in the cache"):
+        open_checkpoint(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    open_checkpoint(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert open_checkpoint(NAME).location == f"{NAME}@{FIRST}"
+    assert open_checkpoint(NAME, weights=False).info("norm.weight").shape == (64,)
+    assert hub.requests == []
+
+
+def test_no_server_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(EnvironmentProblem, match=r"cannot be had now.*Check the network, HF_ENDPOINT"):
+        open_checkpoint(NAME)
+
+
+def test_a_gated_repository(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository.gated = True
+    with pytest.raises(EnvironmentProblem, match=r"is gated: .* Ask for it on the model's page.*`hf auth login`"):
+        open_checkpoint(NAME)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    with pytest.raises(EnvironmentProblem, match="is gated"):
+        open_checkpoint(NAME, weights=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert open_checkpoint(NAME).state_dict()
+
+
+def test_no_such_repository_or_revision(hub: Hub, repository: Repository) -> None:
+    with pytest.raises(InputError, match=r"herd/nothing is neither a directory here nor a repository .* private"):
+        open_checkpoint("herd/nothing")
+    with pytest.raises(InputError, match="herd/tiny-scout has no branch, tag or commit v2"):
+        open_checkpoint(f"{NAME}@v2")
+    with pytest.raises(InputError, match="neither a directory here nor the name of a repository"):
+        open_checkpoint("herd/tiny--scout..x")
+
+
+def test_a_disk_that_is_too_small(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(EnvironmentProblem, match=r"GB to download, but the disk of .*cache has 0\.0 GB free.*HF_HOME"):
+        open_checkpoint(NAME)
+    assert not any(file.endswith(".safetensors") for file in hub.asked_for())
+
+
+def test_a_plan_reads_headers_only(hub: Hub, repository: Repository) -> None:
+    checkpoint = open_checkpoint(NAME, weights=False)
+    spans = [span for method, what, span in hub.requests if what.endswith(".safetensors") and method == "GET"]
+    assert len(spans) >= 4
+    assert all(re.fullmatch(r"bytes=(0-7|8-\d+)", span) for span in spans)
+    assert sorted(checkpoint.dropped)[0] == "multi_modal_projector.linear_1.weight"
+    with pytest.raises(InputError, match="cannot be read"):
+        checkpoint.state_dict()
+    damaged = bytearray(repository.commits[FIRST]["model-00002-of-00002.safetensors"])
+    damaged[0:8] = (1 << 40).to_bytes(8, "little")
+    repository.commits[SECOND] = repository.commits[FIRST] | {"model-00002-of-00002.safetensors": bytes(damaged)}
+    with pytest.raises(InputError, match=r"00002-of-00002\.safetensors has \d+ bytes and claims a header of"):
+        open_checkpoint(f"{NAME}@{SECOND}", weights=False)
+
+
+def test_metas_own_repository(hub: Hub, meta_checkpoint: Callable[[str, int], tuple[Path, Path]]) -> None:
+    meta, hugging_face = meta_checkpoint("scout", 2)
+    hub.repositories[NAME] = Repository({FIRST: files_of(meta) | {"LICENSE": b"text"}}, {"main": FIRST})
+    ours, theirs = open_checkpoint(NAME).state_dict(), open_checkpoint(hugging_face).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert hub.asked_for() == {"params.json", "consolidated.00.pth", "consolidated.01.pth"}
+    with pytest.raises(InputError, match="has no safetensors files, whose headers"):
+        open_checkpoint(NAME, weights=False)
+
+
+def test_plan_by_name(hub: Hub, repository: Repository) -> None:
+    from click.testing import CliRunner
+
+    from corral.cli.plan import command
+
+    planned = CliRunner().invoke(command, [NAME, "--json"], catch_exceptions=False)
+    assert json.loads(planned.stdout)["model"] == NAME
+    assert all(span for method, what, span in hub.requests if method == "GET" and what.endswith(".safetensors"))
+
+
+def test_the_environment_is_obeyed(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+    repository.gated = True
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "corral.cli.main", "plan", NAME, "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == NAME
+    assert (tmp_path / "home/hub/models--herd--tiny-scout").is_dir()
