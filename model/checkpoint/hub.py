@@ -94,7 +94,7 @@ class Snapshot:
         return parse_header(lambda begin, end: _read_range(url, begin, end), self.sizes[file], path)
 
     def _needed(self) -> list[str]:
-        """The files with weights of the decoder."""
+        """The files with weights of the decoder; in Meta's form the tokenizer, too."""
         if SINGLE_NAME in self.sizes:
             return [SINGLE_NAME]
         if INDEX_NAME in self.sizes:
@@ -117,18 +117,23 @@ def fetch(name: HubName, *, weights: bool, progress: Progress) -> Snapshot:
     Raises InputError where there is no such repository or revision, EnvironmentProblem where it is gated, cannot be
     reached, or the disk is too small.
     """
-    from huggingface_hub import HfApi, get_cached_repo_tree, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     progress(f"look up {name.repository}", 0, 0, "")
     with _explained(name):
         commit = HfApi().resolve_revision(name.repository, revision=name.revision).resolved
         pinned = HubName(name.repository, commit)
         bar = _bar(lambda done: None)
-        directory = snapshot_download(
-            name.repository, revision=commit, allow_patterns=list(SIDE_FILES), tqdm_class=bar, max_workers=CONNECTIONS
+        directory = Path(
+            snapshot_download(
+                name.repository,
+                revision=commit,
+                allow_patterns=list(SIDE_FILES),
+                tqdm_class=bar,
+                max_workers=CONNECTIONS,
+            )
         )
-        files = get_cached_repo_tree(name.repository, revision=commit)
-    snapshot = Snapshot(pinned, Path(directory), {file.path: file.size for file in files})
+    snapshot = Snapshot(pinned, directory, _sizes(pinned, directory))
     if weights and (missing := snapshot.missing):
         total = sum(snapshot.sizes.get(file, 0) for file in missing)
         _check_disk_space(pinned, total)
@@ -138,6 +143,17 @@ def fetch(name: HubName, *, weights: bool, progress: Progress) -> Snapshot:
         if absent := snapshot.missing:
             raise InputError(f"{pinned} has no file {listed(absent)}, which its {INDEX_NAME} names: it is incomplete.")
     return snapshot
+
+
+def _sizes(name: HubName, directory: Path) -> dict[str, int]:
+    """All files of a commit, or of a cache that an older library filled and that is now offline, those that are here."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return {file.path: file.size for file in get_cached_repo_tree(name.repository, revision=name.revision)}
+    except CachedRepoTreeNotFoundError:
+        return {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
 
 
 def _check_disk_space(name: HubName, needed: int) -> None:

@@ -130,9 +130,11 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise
     except pickle.UnpicklingError as error:
         said = [line for line in str(error).splitlines() if line.startswith(("Trying", "Unsupported"))]
-        raise InputError(f"{file} is a pickle that holds more than tensors: {(said or ['?'])[0][:200]}") from None
+        why = said[0][:200] if said else "it is damaged, or of another kind than torch.save writes."
+        raise InputError(f"{file} is a pickle that holds more than tensors: {why}") from None
     except Exception as error:  # a damaged pickle fails in any way; it has no effect besides
-        raise InputError(f"{file} is damaged: {str(error).splitlines()[:1]}. Download it again.") from None
+        said = (str(error).splitlines() or [type(error).__name__])[:1]
+        raise InputError(f"{file} is damaged: {said[0][:200]}. Download it again.") from None
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise InputError(f"{file} holds a {type(loaded).__name__}, expected a dict of tensors by name.")
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}

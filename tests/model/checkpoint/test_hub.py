@@ -274,6 +274,21 @@ def test_the_commit_is_pinned_when_the_branch_moves(hub: Hub, repository: Reposi
     assert open_checkpoint(f"{NAME}@{FIRST}").location == f"{NAME}@{FIRST}"
 
 
+def test_a_branch_that_moves_during_the_download(
+    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    usage = shutil.disk_usage("/")
+    repository.commits[SECOND] = dict.fromkeys(repository.commits[FIRST], b"{}")
+
+    def between_config_and_weights(_: Path) -> Any:
+        repository.branches["main"] = SECOND
+        return usage
+
+    monkeypatch.setattr(shutil, "disk_usage", between_config_and_weights)
+    norm = open_checkpoint(NAME).state_dict()["norm.weight"]
+    assert torch.equal(norm, open_checkpoint(tiny_checkpoint("multimodal")).state_dict()["norm.weight"])
+
+
 def test_a_download_that_breaks_off_goes_on_where_it_was(
     hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +337,19 @@ def test_what_was_downloaded_works_offline(hub: Hub, repository: Repository, mon
     assert hub.requests == []
 
 
+def test_a_cache_that_an_older_library_filled_works_offline(
+    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import _tree_cache, constants
+
+    open_checkpoint(NAME)
+    [trees] = tmp_path.glob("cache/models--*/trees")
+    shutil.rmtree(trees)
+    monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert open_checkpoint(NAME).state_dict()
+
+
 def test_no_server_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -350,6 +378,7 @@ def test_no_such_repository_or_revision(hub: Hub, repository: Repository) -> Non
         open_checkpoint("herd/tiny--scout..x")
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub's own, before
 def test_a_disk_that_is_too_small(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
