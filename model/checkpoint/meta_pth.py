@@ -194,6 +194,7 @@ def _join(
     needed = {held: len(shards) * (1 if layout.half is None else 2) for held, layout in layouts.items()}
     complaints = {
         "unknown": unknown,
+        "of two dtypes": [held for held, found in boxes.items() if len({box.stored.dtype for box in found}) > 1],
         "stored twice, fused and not": [held for held in boxes if len(boxes[held]) > needed[held]],
         f"of another shape than {PARAMS_NAME} says": wrong,
     }

@@ -26,6 +26,7 @@ from corral.spec.errors import InputError
 from corral.spec.weight_plan import Source
 
 MetaCheckpoint = Callable[[str, int], tuple[Path, Path]]
+GATES = "layers.1.feed_forward.experts.moe_w_in_eD_F"
 EXPERTS = "model.layers.2.feed_forward.experts.gate_up_proj"
 
 
@@ -168,6 +169,10 @@ def rewrite(file: Path, records: dict[str, Callable[[bytes], bytes]]) -> None:
         (lambda d: edit(d, lambda s: s.pop("output.weight"), (1,)), r"01\.pth disagree about output\.weight"),
         (lambda d: edit(d, lambda s: s.pop("tok_embeddings.weight")), r"have no tok_embeddings\.weight"),
         (lambda d: edit(d, lambda s: s.pop("layers.3.feed_forward.experts.moe_w_swiglu_eD_F")), "missing: model.layers.3"),
+        (
+            lambda d: edit(d, lambda s: s.update({GATES: s[GATES].bfloat16()})),
+            r"1 of two dtypes: layers\.1\.feed_forward\.experts\.gate_up_proj",
+        ),
         (lambda d: edit(d, lambda s: s.update({"adapter": torch.ones(1)})), "1 unknown: adapter"),
         (
             lambda d: edit(d, lambda s: s.update({"layers.0.attention.wq.weight": torch.ones(32, 64)})),

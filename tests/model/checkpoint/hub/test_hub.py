@@ -1,21 +1,16 @@
-"""Checkpoints by name, against a stand-in of the Hub's HTTP API on loopback. No test has talked to the real one."""
+"""Checkpoints by name, against a stand-in of the Hub (conftest.py). No test has talked to the real one."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -25,150 +20,7 @@ from corral.model.checkpoint.hub import HubName, hub_name
 from corral.spec.errors import EnvironmentProblem, InputError
 
 NAME, TOKEN = "herd/tiny-scout", "hf_letmein"
-FIRST, SECOND = "1" * 40, "2" * 40
-LFS = (".safetensors", ".pth")
-
-
-@dataclass
-class Repository:
-    """Commits, each with its files; branches; who may read it."""
-
-    commits: dict[str, dict[str, bytes]]
-    branches: dict[str, str]
-    gated: bool = False
-
-
-@dataclass
-class Hub:
-    """The stand-in: what it holds, what it was asked for, and which file's download it breaks off once, and where."""
-
-    repositories: dict[str, Repository] = field(default_factory=dict)
-    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, file or api path, range
-    break_off: dict[str, int] = field(default_factory=dict)
-    endpoint: str = ""
-    cdn: str = ""  # another host, as the real one's: large files lie there, and a token must not get there
-
-    def asked_for(self, method: str = "GET") -> set[str]:
-        """Files whose content (GET) or description (HEAD) was asked for."""
-        return {what for how, what, _ in self.requests if how == method and not what.startswith("/")}
-
-
-API = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+?)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
-RESOLVE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-CDN = re.compile(r"/cdn/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)")
-
-
-def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None: ...
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            for pattern, answer in ((API, self.api), (CDN, self.content), (RESOLVE, self.resolve)):
-                if match := pattern.fullmatch(path):
-                    what = match.groupdict().get("file") or path
-                    hub.requests.append((self.command, what, self.headers.get("Range") or ""))
-                    return answer(**match.groupdict())
-            return self.say(404, {"X-Error-Code": "RepoNotFound"})
-
-        def say(self, status: int, headers: dict[str, str], body: bytes = b"", sent: int | None = None) -> None:
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body[:sent])
-                if sent is not None:
-                    self.close_connection = True
-
-        def find(self, name: str, revision: str | None) -> tuple[Repository, str] | None:
-            repository = hub.repositories.get(name)
-            if repository is None:
-                self.say(404, {"X-Error-Code": "RepoNotFound"})
-                return None
-            commit = repository.branches.get(revision or "main", revision or "")
-            if commit not in repository.commits:
-                self.say(404, {"X-Error-Code": "RevisionNotFound"})
-                return None
-            return repository, commit
-
-        def api(self, name: str, what: str | None, revision: str | None) -> None:
-            if (found := self.find(name, revision)) is None:
-                return
-            repository, commit = found
-            files = repository.commits[commit]
-            tree = [
-                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                | ({"lfs": {"oid": digest(data), "size": len(data), "pointerSize": 134}} if path.endswith(LFS) else {})
-                for path, data in files.items()
-            ]
-            info = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
-            self.say(200, {"Content-Type": "application/json"}, json.dumps(tree if what == "tree" else info).encode())
-
-        def resolve(self, name: str, revision: str, file: str) -> None:
-            if (found := self.find(name, revision)) is None:
-                return
-            repository, commit = found
-            if repository.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                known = "Authorization" in self.headers
-                return self.say(403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Repo-Commit": commit})
-            if file not in repository.commits[commit]:
-                return self.say(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-            data = repository.commits[commit][file]
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
-            if not file.endswith(LFS):
-                return self.say(200, headers, data)
-            linked = {"X-Linked-Etag": f'"{digest(data)}"', "X-Linked-Size": str(len(data))}
-            self.say(302, headers | linked | {"Location": f"{hub.cdn}/cdn/{name}/{commit}/{file}"})
-
-        def content(self, name: str, revision: str, file: str) -> None:
-            assert "Authorization" not in self.headers
-            data = hub.repositories[name].commits[revision][file]
-            match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            if match is None:
-                return self.say(200, {"ETag": f'"{digest(data)}"'}, data, hub.break_off.pop(file, None))
-            begin, end = int(match[1]), int(match[2] or len(data) - 1) + 1
-            self.say(206, {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}, data[begin:end])
-
-    return Handler
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The stand-in, running, and huggingface_hub pointed to it with an empty cache."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    hub.endpoint, hub.cdn = (f"http://{host}:{server.server_port}" for host in ("127.0.0.1", "localhost"))
-    # The library reads the environment when it is imported, which another test may have done before.
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    huggingface_hub.close_session()
-    yield hub
-    huggingface_hub.close_session()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+FIRST, SECOND = "1" * 40, "2" * 40  # commits
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -176,13 +28,12 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def repository(hub: Hub, tiny_checkpoint: Callable[[str], Path]) -> Repository:
+def repository(hub: Any, tiny_checkpoint: Callable[[str], Path]) -> Any:
     """The multimodal checkpoint, published; beside it what a repository has besides."""
     files = files_of(tiny_checkpoint("multimodal"))
     more = {"README.md": b"#", "pytorch_model.bin": b"\x80", "original/params.json": b"{}"}
     files |= more | {"original/consolidated.00.pth": b"PK", "consolidated.00.pth": b"PK", "onnx/model.onnx": b"o"}
-    hub.repositories[NAME] = Repository({FIRST: files}, {"main": FIRST})
-    return hub.repositories[NAME]
+    return hub.publish(NAME, files)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +62,7 @@ def test_a_path_that_is_there_is_no_name(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_checkpoint_by_name_is_that_of_the_directory(
-    hub: Hub, repository: Repository, tiny_checkpoint: Callable[[str], Path]
+    hub: Any, repository: Any, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     shown: list[tuple[str, float, float, str]] = []
     checkpoint = open_checkpoint(NAME, progress=lambda *told: shown.append(told))
@@ -228,7 +79,7 @@ def test_a_checkpoint_by_name_is_that_of_the_directory(
     assert shown[-1] == ("download", weights, weights, "bytes")
 
 
-def test_only_what_is_needed_is_asked_for(hub: Hub, repository: Repository) -> None:
+def test_only_what_is_needed_is_asked_for(hub: Any, repository: Any) -> None:
     open_checkpoint(NAME)
     assert hub.asked_for() == hub.asked_for("HEAD") == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -236,7 +87,7 @@ def test_only_what_is_needed_is_asked_for(hub: Hub, repository: Repository) -> N
     }  # fmt: skip
 
 
-def test_a_file_of_nothing_but_the_image_encoder_is_left_out(hub: Hub, repository: Repository) -> None:
+def test_a_file_of_nothing_but_the_image_encoder_is_left_out(hub: Any, repository: Any) -> None:
     from safetensors.torch import load, save
 
     files = repository.commits[FIRST]
@@ -255,7 +106,7 @@ def test_a_file_of_nothing_but_the_image_encoder_is_left_out(hub: Hub, repositor
     assert open_checkpoint(NAME, weights=False).info("norm.weight").dtype == "bfloat16"
 
 
-def test_the_commit_is_pinned_when_the_branch_moves(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+def test_the_commit_is_pinned_when_the_branch_moves(hub: Any, repository: Any, tmp_path: Path) -> None:
     from corral.graphs.stages import export_stage, quantize_stage
     from corral.spec.recipe import Recipe
 
@@ -275,7 +126,7 @@ def test_the_commit_is_pinned_when_the_branch_moves(hub: Hub, repository: Reposi
 
 
 def test_a_branch_that_moves_during_the_download(
-    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[[str], Path]
+    hub: Any, repository: Any, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     usage = shutil.disk_usage("/")
     repository.commits[SECOND] = dict.fromkeys(repository.commits[FIRST], b"{}")
@@ -290,7 +141,7 @@ def test_a_branch_that_moves_during_the_download(
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(
-    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    hub: Any, repository: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
@@ -302,7 +153,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(
     assert asked == [("GET", ""), ("GET", "bytes=5000-")]
 
 
-def test_whole_files_are_not_fetched_twice(hub: Hub, repository: Repository) -> None:
+def test_whole_files_are_not_fetched_twice(hub: Any, repository: Any) -> None:
     missing = repository.commits[FIRST].pop("model-00002-of-00002.safetensors")
     with pytest.raises(InputError, match=r"has no file model-00002-of-00002\.safetensors, which its"):
         open_checkpoint(NAME)
@@ -316,7 +167,7 @@ def test_whole_files_are_not_fetched_twice(hub: Hub, repository: Repository) -> 
     assert hub.asked_for() == set()
 
 
-def test_what_was_downloaded_works_offline(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_downloaded_works_offline(hub: Any, repository: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     with monkeypatch.context() as offline:
@@ -338,7 +189,7 @@ def test_what_was_downloaded_works_offline(hub: Hub, repository: Repository, mon
 
 
 def test_a_cache_that_an_older_library_filled_works_offline(
-    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hub: Any, repository: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from huggingface_hub import _tree_cache, constants
 
@@ -350,7 +201,7 @@ def test_a_cache_that_an_older_library_filled_works_offline(
     assert open_checkpoint(NAME).state_dict()
 
 
-def test_no_server_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server_at_all(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
@@ -358,7 +209,7 @@ def test_no_server_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         open_checkpoint(NAME)
 
 
-def test_a_gated_repository(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_repository(hub: Any, repository: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     repository.gated = True
     with pytest.raises(EnvironmentProblem, match=r"is gated: .* Ask for it on the model's page.*`hf auth login`"):
         open_checkpoint(NAME)
@@ -369,7 +220,7 @@ def test_a_gated_repository(hub: Hub, repository: Repository, monkeypatch: pytes
     assert open_checkpoint(NAME).state_dict()
 
 
-def test_no_such_repository_or_revision(hub: Hub, repository: Repository) -> None:
+def test_no_such_repository_or_revision(hub: Any, repository: Any) -> None:
     with pytest.raises(InputError, match=r"herd/nothing is neither a directory here nor a repository .* private"):
         open_checkpoint("herd/nothing")
     with pytest.raises(InputError, match="herd/tiny-scout has no branch, tag or commit v2"):
@@ -379,7 +230,7 @@ def test_no_such_repository_or_revision(hub: Hub, repository: Repository) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub's own, before
-def test_a_disk_that_is_too_small(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small(hub: Any, repository: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(EnvironmentProblem, match=r"GB to download, but the disk of .*cache has 0\.0 GB free.*HF_HOME"):
@@ -387,7 +238,7 @@ def test_a_disk_that_is_too_small(hub: Hub, repository: Repository, monkeypatch:
     assert not any(file.endswith(".safetensors") for file in hub.asked_for())
 
 
-def test_a_plan_reads_headers_only(hub: Hub, repository: Repository) -> None:
+def test_a_plan_reads_headers_only(hub: Any, repository: Any) -> None:
     checkpoint = open_checkpoint(NAME, weights=False)
     spans = [span for method, what, span in hub.requests if what.endswith(".safetensors") and method == "GET"]
     assert len(spans) >= 4
@@ -402,9 +253,9 @@ def test_a_plan_reads_headers_only(hub: Hub, repository: Repository) -> None:
         open_checkpoint(f"{NAME}@{SECOND}", weights=False)
 
 
-def test_metas_own_repository(hub: Hub, meta_checkpoint: Callable[[str, int], tuple[Path, Path]]) -> None:
+def test_metas_own_repository(hub: Any, meta_checkpoint: Callable[[str, int], tuple[Path, Path]]) -> None:
     meta, hugging_face = meta_checkpoint("scout", 2)
-    hub.repositories[NAME] = Repository({FIRST: files_of(meta) | {"LICENSE": b"text"}}, {"main": FIRST})
+    hub.publish(NAME, files_of(meta) | {"LICENSE": b"text"})
     ours, theirs = open_checkpoint(NAME).state_dict(), open_checkpoint(hugging_face).state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert hub.asked_for() == {"params.json", "consolidated.00.pth", "consolidated.01.pth"}
@@ -412,7 +263,7 @@ def test_metas_own_repository(hub: Hub, meta_checkpoint: Callable[[str, int], tu
         open_checkpoint(NAME, weights=False)
 
 
-def test_plan_by_name(hub: Hub, repository: Repository) -> None:
+def test_plan_by_name(hub: Any, repository: Any) -> None:
     from click.testing import CliRunner
 
     from corral.cli.plan import command
@@ -422,7 +273,7 @@ def test_plan_by_name(hub: Hub, repository: Repository) -> None:
     assert all(span for method, what, span in hub.requests if method == "GET" and what.endswith(".safetensors"))
 
 
-def test_the_environment_is_obeyed(hub: Hub, repository: Repository, tmp_path: Path) -> None:
+def test_the_environment_is_obeyed(hub: Any, repository: Any, tmp_path: Path) -> None:
     repository.gated = True
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0",
