@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ def _summary(bundle: Bundle, _: str | None) -> View:
         "tokenizer": manifest.tokenizer or "none: token ids only",
         "chat": manifest.chat_template or "no chat template",
         "needs": ", ".join(f"{package} {least} or newer" for package, least in manifest.requires.items()),
-        "made by": f"corral {manifest.corral} from {manifest.source.get('name', 'an unnamed checkpoint')}",
+        "made by": f"corral {manifest.corral} from {_origin(manifest.source)}",
     }
 
     def show() -> None:
@@ -92,6 +92,12 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     more = {"model": model.to_json(), "kv": [dataclasses.asdict(kv) for kv in manifest.kv]}
     rest = {"tokenizer": manifest.tokenizer, "requires": manifest.requires, "source": manifest.source}
     return {**summary(bundle), **more, **rest, "corral": manifest.corral, "format": manifest.format}, show
+
+
+def _origin(source: Mapping[str, str]) -> str:
+    """The checkpoint's name, and of one from the Hub its commit."""
+    name = source.get("name", "an unnamed checkpoint")
+    return f"{name}@{source['revision']}" if "revision" in source else name
 
 
 def _coverage(bundle: Bundle, _: str | None) -> View:

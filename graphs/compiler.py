@@ -35,7 +35,7 @@ def compile(
     """
     how = Execution(jobs=jobs, ray=ray)
     check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
-    source = open_checkpoint(Path(checkpoint))
+    source = open_checkpoint(Path(checkpoint), progress=progress)
     work = lower(source, recipe, progress=progress)
     return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 

@@ -62,7 +62,7 @@ def rehearse(
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
     how = Execution(jobs=jobs, ray=ray)
-    source = open_checkpoint(Path(checkpoint))
+    source = open_checkpoint(Path(checkpoint), progress=progress)
     work = lower(source, recipe, progress=progress)
     placements = place_weights(work, split_stages(work))
     return rehearse_plan(work.plan, placements, source.read_piece, how, progress)

@@ -75,9 +75,9 @@ def write_bundle(
         for graph in graphs:
             names.append(_write(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
         names.append(_write(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
-        tokenizer, template = checkpoint.tokenizer_path, checkpoint.chat_template()
+        tokenizer, template = checkpoint.tokenizer(), checkpoint.chat_template()
         if tokenizer is not None:
-            names.append(_write(out, TOKENIZER_FILE, tokenizer.read_bytes()))
+            names.append(_write(out, TOKENIZER_FILE, tokenizer))
         if template is not None:
             names.append(_write(out, TEMPLATE_FILE, template.encode()))
         embedding, place = work.plan.entries[EMBEDDING_ENTRY], placements[EMBEDDING_ENTRY]
@@ -113,7 +113,7 @@ def write_bundle(
 def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:
     recipe = work.recipe.to_json()
     words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value is not False)
-    return f"{Path(checkpoint.location).name} ({words})"
+    return f"{checkpoint.name} ({words})"
 
 
 def _check_disk_space(shards: Shards) -> None:
@@ -137,5 +137,7 @@ def _write(out: Path, name: str, data: bytes) -> str:
 
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:
     """Which checkpoint this came from. An unfinished stage must find it again; a finished bundle is free of paths."""
-    source = {"name": Path(checkpoint.location).name, "config_sha256": checkpoint.config_sha256}
+    source = {"name": checkpoint.name, "config_sha256": checkpoint.config_sha256}
+    if checkpoint.hub is not None and checkpoint.hub.revision is not None:
+        source["revision"] = checkpoint.hub.revision
     return source if stage == "ready" else {**source, "checkpoint": checkpoint.location}
