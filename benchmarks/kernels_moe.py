@@ -380,7 +380,7 @@ def cublas() -> dict[str, Any]:
 
 def grouped(shape: MoeShape, gate_up: Tensor, down: Tensor) -> list[dict[str, Any]]:
     """torch's grouped product, which is bf16 and not in every version."""
-    product: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm  # type: ignore[attr-defined]
+    product: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
     times = []
     for tokens in (512, 2048, 8192):
         x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from corral.graphs.quantize.fragments import TILE_INPUTS, TILE_OUTPUTS
 from corral.spec.errors import InputError
@@ -106,12 +107,19 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One launch. Arguments are names of `buffers`, or int32 values. No dynamic shared memory."""
+    """One launch. Inputs and outputs are names of `buffers`, sizes int32. No dynamic shared memory."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
     threads: int
-    arguments: tuple[str | int, ...]
+    inputs: tuple[str, ...]
+    sizes: tuple[int, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def arguments(self) -> tuple[str | int, ...]:
+        """In the order in which the kernel takes them."""
+        return (*self.inputs, *self.sizes, *self.outputs)
 
 
 ROUTE = Kernel(name="moe_route", entry="moe_route")
@@ -157,9 +165,12 @@ def check(shape: MoeShape) -> None:
             raise InputError(f"corral's mixture-of-experts kernels cannot do this model: {reason}. Use another target.")
 
 
-def max_tiles(visits: int, experts: int, tile_tokens: int) -> int:
-    """The most tiles that visits can fall into, however they are routed: full ones, and one more an expert visited."""
-    visited = min(visits, experts)
+def max_tiles(visits: Any, experts: int, tile_tokens: int, least: Callable[[Any, int], Any] = min) -> Any:
+    """The most tiles that visits can fall into, however they are routed: full ones, and one more an expert visited.
+
+    An int, or an expression where `visits` is one and `least` its minimum.
+    """
+    visited = least(visits, experts)
     return visited + (visits - visited) // tile_tokens
 
 
@@ -168,10 +179,13 @@ def tiling_for(shape: MoeShape, tokens: int) -> Tiling:
     return PREFILL if tokens * shape.top_k >= shape.experts * PREFILL.tokens // 4 else DECODE
 
 
-def buffers(shape: MoeShape, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every buffer of the launches: dtype and shape. Activations and weights must be aligned to 16 bytes."""
+def buffers(shape: MoeShape, tokens: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every buffer of the launches: dtype and shape, for tokens as an int or an expression.
+
+    Activations and weights must be aligned to 16 bytes.
+    """
     visits = tokens * shape.top_k
-    table: dict[str, tuple[str, tuple[int, ...]]] = {
+    table: dict[str, tuple[str, tuple[Any, ...]]] = {
         "logits": ("float16", (tokens, shape.experts)),
         "x": ("float16", (tokens, shape.hidden)),
         "expert": ("int32", (visits,)),
@@ -205,30 +219,38 @@ def launches(shape: MoeShape, tokens: int, tiling: Tiling | None = None) -> tupl
             f"{tokens} tokens at once; corral's mixture-of-experts kernels take 1 to {most} of this model."
         )
     tiling = tiling or tiling_for(shape, tokens)
-    route = Launch(
+    gate_up, down = (product(entry, shape, tokens, tiling) for entry in ("moe_gate_up", "moe_down"))
+    return route(shape, tokens), gate_up, down
+
+
+def route(shape: MoeShape, tokens: Any) -> Launch:
+    """The launch of `moe_route`. `tokens` is an int, or an expression."""
+    return Launch(
         kernel=ROUTE,
         grid=(1, 1, 1),
         threads=ROUTE_THREADS,
-        arguments=("logits", tokens, shape.experts, shape.top_k, "expert", "visit", "gate", "offset"),
+        inputs=("logits",),
+        sizes=(tokens, shape.experts, shape.top_k),
+        outputs=("expert", "visit", "gate", "offset"),
     )
-    gate_up = _product("moe_gate_up", shape, tokens, tiling, ("x", "visit", "gate", "offset"), "gate_up", "h")
-    down = _product("moe_down", shape, tokens, tiling, ("h", "visit", "offset"), "down", "y")
-    return route, gate_up, down
 
 
-def _product(
-    entry: str, shape: MoeShape, tokens: int, tiling: Tiling, inputs: tuple[str, ...], weight: str, output: str
-) -> Launch:
-    outputs = 2 * shape.width if weight == "gate_up" else shape.hidden
+def product(entry: str, shape: MoeShape, tokens: Any, tiling: Tiling, least: Callable[[Any, int], Any] = min) -> Launch:
+    """The launch of `moe_gate_up` or `moe_down`. `tokens` is an int, or an expression and `least` its minimum."""
+    weight, inputs, output, outputs = {
+        "moe_gate_up": ("gate_up", ("x", "visit", "gate", "offset"), "h", 2 * shape.width),
+        "moe_down": ("down", ("h", "visit", "offset"), "y", shape.hidden),
+    }[entry]
     stored = (f"{weight}.codes", f"{weight}.scales") if shape.format.scale_dtype else (f"{weight}.codes",)
-    sizes = (tokens, shape.hidden, shape.width, shape.experts, shape.top_k, shape.group_size)
     return Launch(
         kernel=product_kernel(entry, shape.format, tiling),
         grid=(
-            max_tiles(tokens * shape.top_k, shape.experts, tiling.tokens),
+            max_tiles(tokens * shape.top_k, shape.experts, tiling.tokens, least),
             -(-outputs // tiling.block_outputs),
             1,
         ),
         threads=tiling.threads,
-        arguments=(*inputs, *stored, *sizes, output),
+        inputs=(*inputs, *stored),
+        sizes=(tokens, shape.hidden, shape.width, shape.experts, shape.top_k, shape.group_size),
+        outputs=(output,),
     )
