@@ -22,6 +22,13 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// (bits & mask) | more, as one instruction; the compiler makes two of it where both of the others are constants.
+__device__ __forceinline__ u32 and_or(u32 bits, u32 mask, u32 more) {
+  u32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(bits), "r"(mask), "r"(more));
+  return result;
+}
+
 // Start copying 16 bytes to shared memory, or zeros where `present` is false (nothing is read then).
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool present) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global),

@@ -113,10 +113,10 @@ __device__ __forceinline__ void fragment(u32 (&a)[4], const u32 (&word)[4 * kLoa
   // An fp16 with the bits of 1024 and a code in the low bits is 1024 + code; in the bits above, 1024 + 16 * code.
   const u32 w = word[j], magic = 0x64006400u;
   const __half2 low_bias = pair_of(0x64086408u), high_bias = pair_of(0xd480d480u), sixteenth = pair_of(0x2c002c00u);
-  const __half2 r0 = __hsub2(pair_of((w & 0x000f000fu) | magic), low_bias);
-  const __half2 r1 = __hfma2(pair_of((w & 0x00f000f0u) | magic), sixteenth, high_bias);
-  const __half2 r2 = __hsub2(pair_of((w >> 8 & 0x000f000fu) | magic), low_bias);
-  const __half2 r3 = __hfma2(pair_of((w >> 8 & 0x00f000f0u) | magic), sixteenth, high_bias);
+  const __half2 r0 = __hsub2(pair_of(and_or(w, 0x000f000fu, magic)), low_bias);
+  const __half2 r1 = __hfma2(pair_of(and_or(w, 0x00f000f0u, magic)), sixteenth, high_bias);
+  const __half2 r2 = __hsub2(pair_of(and_or(w >> 8, 0x000f000fu, magic)), low_bias);
+  const __half2 r3 = __hfma2(pair_of(and_or(w >> 8, 0x00f000f0u, magic)), sixteenth, high_bias);
   a[0] = bits_of(__hmul2(r0, lower));
   a[1] = bits_of(__hmul2(r1, upper));
   a[2] = bits_of(__hmul2(r2, lower));
@@ -126,8 +126,8 @@ __device__ __forceinline__ void fragment(u32 (&a)[4], const u32 (&word)[4 * kLoa
 #pragma unroll
   for (int p = 0; p < 2; ++p) {
     const u32 odd = word[2 * j + p], even = odd << 8;
-    a[2 * p] = (even >> 1 & 0x3f803f80u) | (even & 0x80008000u);
-    a[2 * p + 1] = (odd >> 1 & 0x3f803f80u) | (odd & 0x80008000u);
+    a[2 * p] = and_or(even, 0x80008000u, even >> 1 & 0x3f803f80u);
+    a[2 * p + 1] = and_or(odd, 0x80008000u, odd >> 1 & 0x3f803f80u);
   }
 #else
 #pragma unroll

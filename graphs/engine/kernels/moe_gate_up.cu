@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
       [&](int output_tile, int g, int slot, float gate_sum, float up_sum) {
         const int position = tile.first + slot;
         const float scale = gate[position], gated = scale * gate_sum;
-        const float silu = gated / (1.0f + __expf(-gated));
+        const float silu = __fdividef(gated, 1.0f + __expf(-gated));
         h[(size_t)position * width + output_tile * 8 + g] = __float2half_rn(silu * (scale * up_sum));
       });
 }

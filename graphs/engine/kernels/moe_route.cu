@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(kRouteThreads)
         const int p = position + __popc(all & ((1u << lane) - 1));
         const float logit = __half2float(logits[(size_t)(v / top_k) * experts + e]);
         visit[p] = v;
-        gate[p] = 1.0f / (1.0f + __expf(-logit));
+        gate[p] = __fdividef(1.0f, 1.0f + __expf(-logit));
       }
       position += __popc(all);
     }

@@ -216,6 +216,7 @@ inline int __shfl_up_sync(unsigned, int value, unsigned distance) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
   return __floats2half2_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
@@ -244,6 +245,8 @@ inline void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   for (unsigned i = 0; i < 4; ++i)
     for (unsigned k = 0; k < 16; ++k) c[i] += left(g + i / 2 * 8, k) * right(k, 2 * t + i % 2);
 }
+
+inline u32 and_or(u32 bits, u32 mask, u32 more) { return (bits & mask) | more; }
 
 inline void copy_async(void* shared, const void* global, bool present) {
   std::memset(shared, 0xff, 16);
