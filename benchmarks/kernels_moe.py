@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import traceback
@@ -296,11 +297,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def correct() -> dict[str, Any]:
+def correct(**fewer: Any) -> dict[str, Any]:
     """The small cases."""
-    cases = list(check_small(Device().run, "cuda"))
+    cases = list(check_small(Device().run, "cuda", **fewer))
     wrong = [case for case in cases if not (case["right"] and case["repeatable"])]
     return {"cases": len(cases), "largest_error": max(case["error"] for case in cases), "wrong": wrong}
+
+
+def sanitize() -> dict[str, Any]:
+    """A few small cases under compute-sanitizer: accesses out of bounds, races in shared memory, barriers."""
+    program = shutil.which("compute-sanitizer")
+    if not program:
+        return {"error": "there is no compute-sanitizer on the path"}
+    found = {}
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--only", "correct-few"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found[tool] = {"exit_code": done.returncode, "end": done.stdout.splitlines()[-3:]}
+    return found
 
 
 def measure(device: Device, weights: Weights, tokens: int, tiling: Tiling) -> dict[str, Any]:
@@ -400,6 +414,8 @@ def grouped(shape: MoeShape, gate_up: Tensor, down: Tensor) -> list[dict[str, An
 SECTIONS: dict[str, Callable[[], Any]] = {
     "machine": machine,
     "correct": correct,
+    "correct-few": lambda: correct(token_counts=(7, 70), routings=("random",)),
+    "sanitize": sanitize,
     "int4": lambda: speed("int4"),
     "fp8": lambda: speed("fp8"),
     "fp16": lambda: speed("fp16"),
