@@ -141,6 +141,11 @@ KERNELS = (
     ),
 )
 
+
+def _divides(size: int, *numbers: int) -> bool:
+    return all(number % size == 0 for number in numbers)
+
+
 # What the kernels cannot do: (is it so?, what to say). Read in this order.
 REFUSALS: tuple[tuple[Callable[[MoeShape], bool], str], ...] = (
     (lambda s: s.weights not in FORMATS, f"weights are {{weights!r}}, expected one of {', '.join(FORMATS)}"),
@@ -149,7 +154,7 @@ REFUSALS: tuple[tuple[Callable[[MoeShape], bool], str], ...] = (
     (lambda s: not 8 <= s.experts <= MAX_EXPERTS or s.experts % 8 > 0, "{experts} experts: expected 8, 16, … 1024"),
     (lambda s: not 1 <= s.top_k <= s.experts, "{top_k} experts a token, of {experts}"),
     (
-        lambda s: s.format.grouped and (s.group_size not in GROUP_SIZES or (s.hidden | s.width) % s.group_size > 0),
+        lambda s: s.format.grouped and not (s.group_size in GROUP_SIZES and _divides(s.group_size, s.hidden, s.width)),
         f"group size {{group_size}}: expected one of {GROUP_SIZES} that divides {{hidden}} and {{width}}",
     ),
     (lambda s: not s.format.grouped and s.group_size != 0, "{weights} weights have no group size, got {group_size}"),
