@@ -22,7 +22,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// (bits & mask) | more, as one instruction; the compiler makes two of it where both of the others are constants.
+// (bits & mask) | more, as one instruction (its truth table is 0xea); the compiler makes two of constants.
 __device__ __forceinline__ u32 and_or(u32 bits, u32 mask, u32 more) {
   u32 result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(bits), "r"(mask), "r"(more));
