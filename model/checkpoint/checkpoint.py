@@ -67,7 +67,7 @@ class Checkpoint:
         if source.interleave:
             stored = self.tensors[source.tensor].shape
             gate, up = source.halves(stored[-1] if source.transposed else stored[-2])
-            return _alternating(self.read_piece(gate), self.read_piece(up), source.interleave)
+            return alternating(self.read_piece(gate), self.read_piece(up), source.interleave)
         if not source.as_stored:
             return self.read(source)
         store: QuantizedTensorStore = self.store  # type: ignore[assignment]  # such a source is of a quantized tensor
@@ -148,10 +148,10 @@ class Checkpoint:
         return tuple(where)
 
 
-def _alternating(gate: Any, up: Any, run: int) -> Any:
+def alternating(gate: Any, up: Any, run: int) -> Any:
     """Two halves [rows, columns], or dicts of such, as one of runs of `run` rows that alternate."""
     if isinstance(gate, dict):
-        return {name: _alternating(gate[name], up[name], run) for name in gate}
+        return {name: alternating(gate[name], up[name], run) for name in gate}
     rows, columns = gate.shape
     both = np.empty((rows // run, 2, run, columns), gate.dtype)
     for i, half in enumerate((gate, up)):
