@@ -27,6 +27,9 @@ RECIPE_HELP = {
     "target": f"Where it will run: {', '.join(TARGETS)}.",
     "weights": f"How weight matrices are stored: {', '.join(SCHEMES)}.",
     "method": f"How they are quantized: {', '.join(METHODS)}.",
+    "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
+    "max_context": "Of engines: tokens of a sequence.",
+    "max_batch": "Of engines: sequences that decode together.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
 }
 
@@ -39,7 +42,7 @@ def recipe_options(command: F) -> F:
             field.name,
             # Not click.Choice: a wrong value gets the answer that it gets in Python and in a recipe file.
             type=type(field.default),
-            help=f"{RECIPE_HELP[field.name]}  [default: {field.default}]",
+            help=f"{RECIPE_HELP[field.name]}  [default: {field.default or 'none'}]",
         )(command)
     return click.option(
         "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with these options as keys."

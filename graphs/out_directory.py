@@ -33,7 +33,7 @@ def check_out(out: Path, *, fresh: bool) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; expected a directory to write the bundle into. Choose another -o.")
-    with _locked(out):
+    with locked(out):
         _check_content(out, fresh=fresh)
 
 
@@ -50,7 +50,7 @@ def bundle_directory(out: Path, *, key: str, what: str, jobs: int, fresh: bool) 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be made: {error}.") from error
-    with _locked(out):
+    with locked(out):
         _check_content(out, fresh=fresh)
         if fresh:
             _remove_files(out)
@@ -83,7 +83,7 @@ def _check_content(out: Path, *, fresh: bool) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the directory's lock, which ends with the process that has it, even with `kill -9`."""
     directory = os.open(out, os.O_RDONLY)
     try:
@@ -100,6 +100,17 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(directory)
 
 
+def write_file(out: Path, name: str, data: bytes) -> str:
+    """Write a small file under a temporary name, synced and renamed; returns its name."""
+    path = out / (name + PARTIAL)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, out / name)
+    return name
+
+
 def _remove_files(out: Path) -> None:
     """Remove what corral writes, the journal last, and nothing else."""
     ours = (GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE)
@@ -107,7 +118,8 @@ def _remove_files(out: Path) -> None:
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     for path in list(out.iterdir()):
         name = path.name.removesuffix(PARTIAL)
-        if name in (*ours, MANIFEST_NAME) or (name.startswith("weights-") and name.endswith(".bin")):
+        weights = name.startswith("weights-") and name.endswith(".bin")
+        if name in (*ours, MANIFEST_NAME) or weights or name.endswith((".engine", ".engine.json")):
             path.unlink()
     for name in (JOURNAL_NAME + PARTIAL, JOURNAL_NAME):
         (out / name).unlink(missing_ok=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from corral.graphs.execute.execute import execute
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.job import plan_jobs
 from corral.graphs.execute.journal import compile_key
-from corral.graphs.execute.shards import PARTIAL, Shards, shard_name, shard_sizes
+from corral.graphs.execute.shards import Shards, shard_name, shard_sizes
 from corral.graphs.graph_file import graph_bytes
 from corral.graphs.hash_files import hash_files
 from corral.graphs.model_and_plan import ModelAndPlan
@@ -28,12 +27,13 @@ from corral.graphs.out_directory import (
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     bundle_directory,
+    write_file,
 )
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.identity import checkpoint_identity
 from corral.spec.bundle import Bundle, remember_verified
 from corral.spec.errors import EnvironmentProblem
-from corral.spec.kv_layout import kv_layouts
+from corral.spec.kv_layout import stored_kv_layouts
 from corral.spec.machine import usable_cores
 from corral.spec.manifest import (
     FORMAT_MAJOR,
@@ -71,24 +71,24 @@ def write_bundle(
     with bundle_directory(out, key=key, what=_in_words(work, checkpoint), jobs=len(jobs), fresh=fresh) as journal:
         _check_disk_space(shards)
         names = execute(jobs, shards, checkpoint.read, journal, how, progress)
-        names.append(_write(out, GRAPH_FILE, graph_bytes(work, placements)))
-        names.append(_write(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
+        names.append(write_file(out, GRAPH_FILE, graph_bytes(work, placements)))
+        names.append(write_file(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
         tokenizer, template = checkpoint.tokenizer_path, checkpoint.chat_template()
         if tokenizer is not None:
-            names.append(_write(out, TOKENIZER_FILE, tokenizer.read_bytes()))
+            names.append(write_file(out, TOKENIZER_FILE, tokenizer.read_bytes()))
         if template is not None:
-            names.append(_write(out, TEMPLATE_FILE, template.encode()))
+            names.append(write_file(out, TEMPLATE_FILE, template.encode()))
         embedding, place = work.plan.entries[EMBEDDING_ENTRY], placements[EMBEDDING_ENTRY]
         manifest = Manifest(
             format=f"{FORMAT_MAJOR}.{FORMAT_MINOR}",
             corral=version("corral"),
-            stage=stage,
+            stage="lowered" if stage == "ready" and target_named(work.recipe.target).engine else stage,
             model=dataclasses.replace(work.config, eos_token_ids=checkpoint.eos_token_ids),
             recipe=work.recipe,
             requires=dict(target_named(work.recipe.target).requires),
             source=_provenance(checkpoint, stage),
             graphs=(GraphRecord(path=GRAPH_FILE, first_layer=0, end_layer=work.config.num_layers),),
-            kv=kv_layouts(work.config),
+            kv=stored_kv_layouts(work.config, work.recipe),
             embedding=TensorRecord(
                 path=shard_name(place.shard), dtype=embedding.dtype, shape=embedding.shape, offset=place.offset
             )
@@ -100,7 +100,7 @@ def write_bundle(
             special_tokens=checkpoint.special_tokens(),
             files=hash_files(out, names, threads=how.jobs or usable_cores(), progress=progress),
         )
-        _write(out, MANIFEST_NAME, manifest.dumps().encode())
+        write_file(out, MANIFEST_NAME, manifest.dumps().encode())
     bundle = Bundle(out, manifest)
     remember_verified(bundle)
     return bundle
@@ -119,16 +119,6 @@ def _check_disk_space(shards: Shards) -> None:
             f"{shards.directory} needs {needed / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free. "
             "Make room, or choose another -o."
         )
-
-
-def _write(out: Path, name: str, data: bytes) -> str:
-    path = out / (name + PARTIAL)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path, out / name)
-    return name
 
 
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from corral.spec.errors import InputError
+from corral.spec.gpus import capability_of
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
-from corral.spec.target import target_named
+from corral.spec.target import check_capability, target_named
 
 METHODS = ("rtn",)
+DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,9 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    gpu: str = ""  # of engines: GPUs or compute capabilities, by comma
+    max_context: int = DEFAULT_MAX_CONTEXT  # of engines: rows of a global layer's cache
+    max_batch: int = DEFAULT_MAX_BATCH  # of engines: sequences that decode together
 
     def __post_init__(self) -> None:
         target, scheme = target_named(self.target), scheme_named(self.weights)
@@ -34,6 +39,18 @@ class Recipe:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
+
+        for key in ("max_context", "max_batch"):
+            if not 1 <= getattr(self, key) < 1 << 31:
+                raise InputError(f"{key} is {getattr(self, key)}, expected a whole number of at least 1.")
+        for capability in self.capabilities:
+            check_capability(target, capability, scheme.name)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The compute capabilities that `gpu` names, each once, lowest first."""
+        named = {capability_of(gpu.strip()) for gpu in self.gpu.split(",") if gpu.strip()}
+        return tuple(sorted(named, key=float))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

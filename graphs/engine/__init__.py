@@ -1,0 +1,1 @@
+"""TensorRT engines of a lowered graph: built, checked, described. Written once for both of NVIDIA's modules."""
