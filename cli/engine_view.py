@@ -62,9 +62,7 @@ def _show(path: str, engine: dict[str, Any]) -> None:
         groups: Counter[tuple[str, str, str]] = Counter(
             (kernel["kind"], kernel["name"], _without_layer(kernel["layers"])) for kernel in profile["kernels"]
         )
-        rows = [
-            (str(count), kind, kernel, _shortened(layers)) for (kind, kernel, layers), count in groups.items()
-        ]
+        rows = [(str(count), kind, kernel, _shortened(layers)) for (kind, kernel, layers), count in groups.items()]
         print_table(Table(columns=("times>", "kind", "kernel", "ONNX nodes"), rows=rows))
         _show_unfused(profile["unfused_weights"])
         click.echo()

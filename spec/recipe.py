@@ -14,6 +14,7 @@ from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_nam
 from corral.spec.target import check_capability, target_named
 
 METHODS = ("rtn",)
+ENGINE_KEYS = ("gpu", "max_context", "max_batch")
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
 
@@ -53,7 +54,9 @@ class Recipe:
         return tuple(sorted(named, key=float))
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The keys that the target knows: those of engines only where it has any."""
+        data = dataclasses.asdict(self)
+        return data if target_named(self.target).engine else {k: v for k, v in data.items() if k not in ENGINE_KEYS}
 
     def to_toml(self) -> str:
         return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_json().items())

@@ -12,12 +12,13 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from corral.graphs.engine.tensorrt_module import TensorRT, load_tensorrt
 
 ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
-Shapes = dict[str, tuple[list[int], list[int], list[int]]]  # input -> least, likely, largest
+Shapes = dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]  # input -> least, likely, largest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -106,9 +106,7 @@ class _Blocks:
         filled = self.op("ScatterND", [zeros, index_V1, visits_VH])
         return self.op("Reshape", [filled, self.op("Concat", [blocks, one_block, self.ints(self.hidden)], {"axis": 0})])
 
-    def swiglu(
-        self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value
-    ) -> ir.Value:
+    def swiglu(self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
         """(silu(x @ gate) * (x @ up)) @ down, per block with its expert's matrices."""
         both = self.op("MatMul", [x, self.op("Gather", [gate_up, expert_NB], {"axis": 0})])
         gate, up = self.multi("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2)
