@@ -44,9 +44,9 @@ class Engine:
 
 
 def build_engine(
-    graph: Path, out: Path, *, module: str, capabilities: Sequence[str], profiles: Sequence[Profile]
+    graph: Path, name: str, *, module: str, capabilities: Sequence[str], profiles: Sequence[Profile]
 ) -> Engine:
-    """Build `out` of an ONNX file for some compute capabilities.
+    """Build the engine `name` of an ONNX file, beside it, for some compute capabilities.
 
     Raises CheckFailed where the builder refuses the graph or stores a quantized weight as float, EnvironmentProblem
     where memory does not suffice or the builder is killed.
@@ -54,7 +54,7 @@ def build_engine(
     inputs, stored = _read_graph(graph)
     expected = sum(stored.values())
     _check_memory(graph, expected)
-    partial = out.with_name(out.name + PARTIAL)
+    out, partial = graph.with_name(name), graph.with_name(name + PARTIAL)
     job = EngineJob(
         module=module,
         graph=graph.name,

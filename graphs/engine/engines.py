@@ -66,7 +66,7 @@ def _build(
     profiles = profiles_for(recipe, bundle.manifest.kv)
     engine = build_engine(
         bundle.path(graph.path),
-        bundle.directory / f"{stem}.engine",
+        f"{stem}.engine",
         module=module,
         capabilities=capabilities,
         profiles=profiles,

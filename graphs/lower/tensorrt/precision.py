@@ -42,9 +42,9 @@ def lower_precision(work: ModelAndPlan) -> bool:
             value.type = ir.TensorType(narrow)
     for node in list(work.graph):
         wanted = FLOAT if _is_wide(node) else narrow
-        for i, value in enumerate(node.inputs):
-            if value is not None and types.of(value) not in (None, wanted):
-                node.replace_input_with(i, types.cast(value, wanted, node))
+        for i, operand in enumerate(node.inputs):
+            if operand is not None and types.of(operand) not in (None, wanted):
+                node.replace_input_with(i, types.cast(operand, wanted, node))
         types.note_outputs(node, wanted)
     for i, value in enumerate(work.graph.outputs):
         if graph_io.is_cache(value.name or ""):
