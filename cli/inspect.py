@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     help="Where each stored tensor came from; NAME (or a pattern with *) picks some.",
 )
 @click.option("--graph", "views", flag_value="graph", help="Which operators the graph is made of (needs onnx).")
+@click.option("--engine", "views", flag_value="engine", help="What is inside its engines: kernels, weights, memory.")
 @click.option("--verify", is_flag=True, help="Hash every file first.")
 @json_option
 def command(bundle: Path, name: str | None, views: str | None, verify: bool, as_json: bool) -> None:
-    """Show what a BUNDLE is."""
+    """Show what a BUNDLE is, or the inside of one .engine file of it."""
     from corral.cli.progress import show_progress
     from corral.cli.tables import print_json
     from corral.spec.bundle import open_bundle
     from corral.spec.errors import InputError
 
-    if name is not None and views != "plan":
+    if bundle.suffix == ".engine":
+        bundle, name, views = bundle.parent, bundle.name, "engine"
+    elif name is not None and views != "plan":
         raise InputError(f'NAME ("{name}") belongs to --plan. Run `corral inspect {bundle} --plan "{name}"`.')
     with show_progress() as progress:
         opened = open_bundle(bundle, verify=verify, progress=progress)
@@ -65,13 +68,17 @@ def _summary(bundle: Bundle, _: str | None) -> View:
         "stage": manifest.stage,
         "model": f"{counted(model.num_layers, 'layer')} ({model.num_layers - nope} rope, {nope} nope), {experts}"
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size:,}",
-        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items() if value is not False),
+        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items() if value),
         "stages": "; ".join(
             f"layers {graph.first_layer}-{graph.end_layer - 1} in {graph.path}" for graph in manifest.graphs
         ),
+        "engines": "; ".join(
+            f"{engine.path} for {', '.join(engine.capabilities)} by {engine.built_with}" for engine in manifest.engines
+        )
+        or "none",
         "size": f"{size(manifest.bytes)} in {counted(len(manifest.files), 'file')}",
         "KV cache": "; ".join(
-            f"{kv.kv_class}: {counted(len(kv.layers), 'layer')}, {size(kv.bytes(1))} a token"
+            f"{kv.kv_class}: {counted(len(kv.layers), 'layer')}, {size(kv.row_bytes())} a token"
             + (f" up to {kv.chunk:,} tokens" if kv.chunk else "")
             for kv in manifest.kv
         ),
@@ -129,10 +136,17 @@ def _graph(bundle: Bundle, _: str | None) -> View:
     return graph_view(bundle)
 
 
+def _engine(bundle: Bundle, name: str | None) -> View:
+    from corral.cli.engine_view import engine_view
+
+    return engine_view(bundle, name)
+
+
 VIEWS: dict[str, Callable[[Bundle, str | None], View]] = {
     "summary": _summary,
     "coverage": _coverage,
     "files": _files,
     "plan": _plan,
     "graph": _graph,
+    "engine": _engine,
 }

@@ -40,6 +40,9 @@ RECIPE_HELP = {
     "stages": "Ranges of layers, each with a graph and weight shards of its own.",
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",
     "requantize": "Quantize weights again that CHECKPOINT stores quantized in another way.",
+    "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
+    "max_context": "Of engines: tokens of a sequence.",
+    "max_batch": "Of engines: sequences that decode together.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
 }
 
@@ -55,7 +58,7 @@ def recipe_options(command: F) -> F:
             type=type(field.default),
             is_flag=flag,
             default=None,  # so that a recipe file has its say
-            help=RECIPE_HELP[field.name] + ("" if flag else f"  [default: {field.default}]"),
+            help=RECIPE_HELP[field.name] + ("" if flag else f"  [default: {field.default or 'none'}]"),
         )(command)
     return click.option(
         "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with these options as keys."

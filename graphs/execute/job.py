@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.execute.steps import STEPS
+from corral.spec.errors import InputError
 from corral.spec.weight_plan import JOB_ELEMENTS, Entry, Placement, Source, Step, WeightPlan
 
 
@@ -89,7 +90,10 @@ def run_job(job: Job, read: Callable[[Source], NDArray[np.float32]]) -> list[tup
         for i, step in enumerate(output.steps):
             key = (output.steps[:i], step.name, step.args)
             if key not in results:
-                results[key] = STEPS[step.name](value, **dict(step.args))
+                try:
+                    results[key] = STEPS[step.name](value, **dict(step.args))
+                except InputError as error:
+                    raise InputError(f"{output.entry} {error}") from None
             value = results[key][step.output] if step.output else results[key]
         data = np.ascontiguousarray(value).tobytes()
         if len(data) != output.nbytes:
