@@ -123,11 +123,12 @@ def open_build(path: Path, *, provider: str, threads: int | None, progress: Prog
     """Open a checkpoint or bundle directory. Raises InputError where it is neither."""
     if (path / MANIFEST_NAME).is_file():
         return BundleBuild(path, provider=provider, threads=threads, progress=progress)
-    whole = path.with_name(path.name.partition("?")[0])  # `scout?layers=4` is a part of one
+    from corral.model.checkpoint.hub import hub_name
+    from corral.model.checkpoint.part import split_part
+
+    whole = Path(split_part(str(path))[0])
     if any((whole / name).is_file() for name in CONFIG_NAMES) or str(path).startswith(SYNTHETIC):
         return CheckpointBuild(path, threads=threads, progress=progress)
-    from corral.model.checkpoint.hub import hub_name
-
     if hub_name(whole) is not None:
         return CheckpointBuild(path, threads=threads, progress=progress)
     found = "does not exist" if not path.exists() else f"holds neither {MANIFEST_NAME} nor {CONFIG_NAMES[0]}"
