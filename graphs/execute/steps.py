@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
+from corral.graphs.quantize.tiles import tile_codes, tile_scales
 
 NUMPY_TYPE: dict[str, Any] = {
     "float32": np.float32,
@@ -36,4 +37,6 @@ STEPS: dict[str, Callable[..., Any]] = {
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
     "interleave_halves": interleave_halves,
+    "tile_codes": tile_codes,
+    "tile_scales": tile_scales,
 }
