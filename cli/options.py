@@ -38,6 +38,7 @@ RECIPE_HELP = {
     "method": f"How they are quantized: {', '.join(METHODS)}.",
     "stages": "Ranges of layers, each with a graph and weight shards of its own.",
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",
+    "kernels": "What computes int4 weights on cpu: stock (ONNX Runtime's own) or corral (corral's CPU kernels).",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
 }
 

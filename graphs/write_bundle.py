@@ -45,7 +45,6 @@ from corral.spec.manifest import (
     TensorRecord,
 )
 from corral.spec.progress import Progress, silent
-from corral.spec.target import target_named
 
 
 def write_bundle(
@@ -87,7 +86,7 @@ def write_bundle(
             stage=stage,
             model=dataclasses.replace(work.config, eos_token_ids=checkpoint.eos_token_ids),
             recipe=work.recipe,
-            requires=dict(target_named(work.recipe.target).requires),
+            requires=work.recipe.requires,
             source=_provenance(checkpoint, stage),
             graphs=tuple(
                 GraphRecord(path=graph.path, first_layer=graph.layers[0], end_layer=graph.layers[1]) for graph in graphs

@@ -16,6 +16,7 @@ class Target:
     weights: tuple[str, ...]
     requires: tuple[tuple[str, str], ...]  # (distribution, minimum version)
     opset: int  # of the default ONNX domain
+    kernels: tuple[str, ...] = ("stock",)  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4
 
 
 TARGETS = {
@@ -34,6 +35,7 @@ TARGETS = {
             weights=("fp32", "int8", "int4"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
+            kernels=("stock", "corral"),
         ),
     )
 }
