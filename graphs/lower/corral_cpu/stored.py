@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import onnx_ir as ir
 
@@ -31,19 +30,18 @@ def store_tiles(work: ModelAndPlan, weight: QuantizedWeight) -> list[ir.Value]:
             "Use --kernels stock."
         )
     tiles, groups = outputs // TILE_OUTPUTS, inputs // weight.group_size
-    cut: Literal["rows"] | None = None if experts else "rows"  # an expert's tiles are one piece of several
     codes = dataclasses.replace(
         weight.codes.with_layout(step("tile_codes")),
         dtype="uint8",
         shape=(*experts, tiles, 8 * inputs),
-        cut=cut,
+        cut="rows",
         cut_multiple=TILE_OUTPUTS,
     )
     scales = dataclasses.replace(
         weight.scales.with_layout(step("tile_scales")),
         dtype="float16",
         shape=(*experts, tiles, groups, TILE_OUTPUTS),
-        cut=cut,
+        cut="rows",
         cut_multiple=TILE_OUTPUTS,
     )
     return weight.store(work, codes, scales)
