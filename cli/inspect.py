@@ -55,7 +55,7 @@ View = tuple[Any, Callable[[], None]]
 
 def _summary(bundle: Bundle, _: str | None) -> View:
     from corral.cli.bundle_view import coverage_table, next_command, summary
-    from corral.cli.formats import size
+    from corral.cli.formats import counted, size
     from corral.cli.tables import print_table
 
     manifest, model = bundle.manifest, bundle.manifest.model
@@ -63,12 +63,15 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     nope = sum(not layer.rope for layer in model.layers)
     rows = {
         "stage": manifest.stage,
-        "model": f"{model.num_layers} layers ({model.num_layers - nope} rope, {nope} nope), {experts}"
+        "model": f"{counted(model.num_layers, 'layer')} ({model.num_layers - nope} rope, {nope} nope), {experts}"
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size:,}",
-        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items()),
-        "size": f"{size(manifest.bytes)} in {len(manifest.files)} files",
+        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items() if value is not False),
+        "stages": "; ".join(
+            f"layers {graph.first_layer}-{graph.end_layer - 1} in {graph.path}" for graph in manifest.graphs
+        ),
+        "size": f"{size(manifest.bytes)} in {counted(len(manifest.files), 'file')}",
         "KV cache": "; ".join(
-            f"{kv.kv_class}: {len(kv.layers)} layers, {size(kv.bytes(1))} a token"
+            f"{kv.kv_class}: {counted(len(kv.layers), 'layer')}, {size(kv.bytes(1))} a token"
             + (f" up to {kv.chunk:,} tokens" if kv.chunk else "")
             for kv in manifest.kv
         ),

@@ -110,7 +110,8 @@ def _exact(checkpoint: Path, target: str, weights: str, group_size: int) -> int:
     preset = str(checkpoint) in PRESETS and not checkpoint.is_dir()
     source = open_checkpoint(f"synthetic:{checkpoint}" if preset else checkpoint)
     return sum(
-        entry.nbytes for entry in lower(source, Recipe(target=target, weights=weights, group_size=group_size)).plan
+        entry.nbytes
+        for entry in lower(source, Recipe(target=target, weights=weights, group_size=group_size, requantize=True)).plan
     )
 
 

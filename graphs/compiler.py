@@ -24,14 +24,16 @@ def compile(
     *,
     fresh: bool = False,
     jobs: int | None = None,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Compile a checkpoint directory into a bundle at `out`; `fresh` replaces a bundle that is there.
 
-    `jobs` processes compute the weights (None: as many as pay off here). Killed at any moment, the same call goes on.
+    `jobs` processes compute the weights (None: as many as pay off), here or on the Ray cluster at `ray` (HOST:PORT).
+    Killed at any moment, the same call goes on.
     Raises InputError for a bad checkpoint, recipe or output directory, EnvironmentProblem where the disk is too small.
     """
-    how = Execution(jobs=jobs)
+    how = Execution(jobs=jobs, ray=ray)
     check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
     source = open_checkpoint(Path(checkpoint))
     work = lower(source, recipe, progress=progress)

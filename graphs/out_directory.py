@@ -75,6 +75,7 @@ def bundle_directory(out: Path, *, key: str, what: str, jobs: int, fresh: bool) 
                     out.rmdir()
                 raise _explained(out, error, None) from error
             raise _explained(out, error, journal) from error
+        (out / (JOURNAL_NAME + PARTIAL)).unlink(missing_ok=True)
         journal.path.unlink()
 
 
@@ -125,8 +126,11 @@ def _explained(out: Path, error: BaseException, journal: Journal | None) -> Base
     """The error as the user should meet it; `journal` is given where the same command goes on."""
     if isinstance(error, KeyboardInterrupt) and journal is not None:
         return KeyboardInterrupt(f"stopped after {journal}; the same command goes on from here.")
+    kept = f" {journal} are finished, and the same command goes on." if journal is not None else ""
+    if isinstance(error, EnvironmentProblem):
+        return EnvironmentProblem(f"{error}{kept}")
     if isinstance(error, OSError) and not isinstance(error, CorralError):
-        return _disk_problem(out, error, f" {journal} are finished, and the same command goes on." if journal else "")
+        return _disk_problem(out, error, kept)
     return error
 
 

@@ -50,17 +50,22 @@ class Rehearsal:
 
 
 def rehearse(
-    checkpoint: str | Path, recipe: Recipe, *, jobs: int | None = None, progress: Progress = silent
+    checkpoint: str | Path,
+    recipe: Recipe,
+    *,
+    jobs: int | None = None,
+    ray: str | None = None,
+    progress: Progress = silent,
 ) -> Rehearsal:
     """Do all that `compile` does except writing, and return digests. Needs its time and memory, and no disk space.
 
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
-    how = Execution(jobs=jobs)
+    how = Execution(jobs=jobs, ray=ray)
     source = open_checkpoint(Path(checkpoint))
     work = lower(source, recipe, progress=progress)
     placements = place_weights(work, split_stages(work))
-    return rehearse_plan(work.plan, placements, source.read, how, progress)
+    return rehearse_plan(work.plan, placements, source.read_piece, how, progress)
 
 
 def rehearse_plan(

@@ -57,10 +57,11 @@ def lower_stage(
     *,
     fresh: bool = False,
     jobs: int | None = None,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Lower a quantized bundle to the recipe's target, compute its weights and write the finished bundle."""
-    how = Execution(jobs=jobs)
+    how = Execution(jobs=jobs, ray=ray)
     check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "quantized", recipe)
     run_phase(LOWER[recipe.lowering], work)

@@ -70,7 +70,7 @@ def write_bundle(
     key = compile_key(jobs, stage, version("corral"), checkpoint_identity(checkpoint))
     with bundle_directory(out, key=key, what=_in_words(work, checkpoint), jobs=len(jobs), fresh=fresh) as journal:
         _check_disk_space(shards)
-        names = execute(jobs, shards, checkpoint.read, journal, how, progress)
+        names = execute(jobs, shards, checkpoint.read_piece, journal, how, progress)
         for graph in graphs:
             names.append(_write(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
         names.append(_write(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
@@ -111,7 +111,7 @@ def write_bundle(
 
 def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:
     recipe = work.recipe.to_json()
-    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items())
+    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value is not False)
     return f"{Path(checkpoint.location).name} ({words})"
 
 

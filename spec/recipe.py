@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Recipe:
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
+    requantize: bool = False  # weights that the checkpoint stores quantized in another way may be quantized again
 
     def __post_init__(self) -> None:
         target, scheme = target_named(self.target), scheme_named(self.weights)
@@ -89,5 +91,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     return Recipe.from_json(data | {k: v for k, v in overrides.items() if v is not None}, where=f"recipe {path}")
 
 
-def _toml(value: str | int) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+def _toml(value: str | int | bool) -> str:
+    return json.dumps(
+        value
+    )  # of strings without control characters, whole numbers and booleans TOML has JSON's spelling

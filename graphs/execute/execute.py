@@ -54,12 +54,13 @@ def run_jobs(
     executor = how.executor_for([job for _, job in left])
     total = sum(job.elements for job in jobs)
     finished = total - sum(job.elements for _, job in left)
-    progress("weights", finished, total, "parameters")
+    what = f"weights ({executor})"
+    progress(what, finished, total, "parameters")
     with closing(executor.run(run_job, left)) as running:
         for index, digests in running:
             finished += jobs[index].elements
             yield index, digests
-            progress("weights", finished, total, "parameters")
+            progress(what, finished, total, "parameters")
 
 
 class _Batch:

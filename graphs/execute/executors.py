@@ -37,7 +37,8 @@ class RunJob:
 class Executor(Protocol):
     """Runs numbered jobs in any order and yields each as it is finished.
 
-    The first error ends everything and is raised as itself. Closing the iterator ends everything, too.
+    The first error ends everything and is raised as itself. Closing the iterator ends everything, too. As a string it says
+    who runs them: "2 processes".
     """
 
     def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]: ...
@@ -46,6 +47,9 @@ class Executor(Protocol):
 @dataclass(frozen=True)
 class Serial:
     """One job after the other, in this process."""
+
+    def __str__(self) -> str:
+        return "1 process"
 
     def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]:
         for index, job in jobs:

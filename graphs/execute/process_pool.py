@@ -25,6 +25,9 @@ class ProcessPool:
 
     workers: int
 
+    def __str__(self) -> str:
+        return "1 process" if self.workers == 1 else f"{self.workers} processes"
+
     def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]:
         waiting = iter(jobs)
         workers: list[_Worker] = []
@@ -104,10 +107,10 @@ class _Worker:
         if code == -signal.SIGKILL:
             return EnvironmentProblem(
                 "a worker process was killed, most likely because memory ran out. Run the same command again with a "
-                "smaller --jobs; it goes on from here."
+                "smaller --jobs."
             )
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return EnvironmentProblem(
-            f"a worker process ended unexpectedly, {how}. Run the same command again; it goes on from here. "
+            f"a worker process ended unexpectedly, {how}. Run the same command again. "
             "With --jobs 1 everything runs in one process."
         )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from corral.model.checkpoint import tokenizer_files
 from corral.model.checkpoint.names import EMBEDDING, HEAD
-from corral.model.checkpoint.store import TensorInfo, TensorStore
+from corral.model.checkpoint.store import QuantizedTensorStore, TensorInfo, TensorStore
 from corral.model.checkpoint.synthetic import is_synthetic
 from corral.spec.errors import InputError
 from corral.spec.model_config import ModelConfig
@@ -54,6 +55,24 @@ class Checkpoint:
         values: NDArray[np.float32] = torch.empty(view.shape, dtype=view.dtype).copy_(view).float().numpy()
         _refuse_non_finite(values, source)
         return values
+
+    def read_piece(self, source: Source) -> Any:
+        """What a plan's steps begin with: the values, as `read` gives them, or with `as_stored` a dict of two arrays.
+
+        Those are "codes", uint8, and "scales", float32: as `QuantizedTensorStore.read_codes` says, seen as `source` says.
+        """
+        if source.interleave:
+            stored = self.tensors[source.tensor].shape
+            gate, up = source.halves(stored[-1] if source.transposed else stored[-2])
+            return _alternating(self.read_piece(gate), self.read_piece(up), source.interleave)
+        if not source.as_stored:
+            return self.read(source)
+        store: QuantizedTensorStore = self.store  # type: ignore[assignment]  # such a source is of a quantized tensor
+        codes, scales = store.read_codes(source.tensor, self._where(source))
+        return {
+            name: (part.t() if source.transposed else part).contiguous().numpy()
+            for name, part in (("codes", codes), ("scales", scales))
+        }
 
     def read_raw(self, source: Source) -> NDArray[np.generic]:
         """The slice in the checkpoint's own dtype; numpy has no bfloat16, so its bits come as uint16."""
@@ -100,7 +119,13 @@ class Checkpoint:
         return hashlib.sha256(data).hexdigest()
 
     def _view(self, source: Source) -> Tensor:
-        """What `Source` describes, as a view that may alias the file. A slice out of bounds is a mistake of ours."""
+        """What `Source` describes, as a view that may alias the file."""
+        assert not source.interleave, "only `read_piece` interleaves"
+        view = self.store.read_slice(source.tensor, self._where(source))
+        return view.t() if source.transposed else view
+
+    def _where(self, source: Source) -> tuple[int | slice, ...]:
+        """`Source` in the axes of its tensor. A slice out of bounds is a mistake of ours."""
         shape = self.tensors[source.tensor].shape
         kept = shape if source.index is None else shape[1:]
         cuts = [cut for cut in (source.rows, source.columns) if cut]
@@ -111,8 +136,18 @@ class Checkpoint:
         where: list[int | slice] = [slice(*cut) for cut in (cuts[::-1] if source.transposed else cuts)]
         if source.index is not None:
             where.insert(0, source.index)
-        view = self.store.read_slice(source.tensor, tuple(where))
-        return view.t() if source.transposed else view
+        return tuple(where)
+
+
+def _alternating(gate: Any, up: Any, run: int) -> Any:
+    """Two halves [rows, columns], or dicts of such, as one of runs of `run` rows that alternate."""
+    if isinstance(gate, dict):
+        return {name: _alternating(gate[name], up[name], run) for name in gate}
+    rows, columns = gate.shape
+    both = np.empty((rows // run, 2, run, columns), gate.dtype)
+    for i, half in enumerate((gate, up)):
+        both[:, i] = half.reshape(rows // run, run, columns)
+    return both.reshape(2 * rows, columns)
 
 
 def _refuse_non_finite(values: NDArray[np.float32], source: Source) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from corral.model.checkpoint.checkpoint import Checkpoint
-from corral.model.checkpoint.json_file import read_json
+from corral.model.checkpoint.expert_tensors import fuse_experts
 from corral.model.checkpoint.names import EMBEDDING, HEAD, detect_form, expected_parameters, is_dropped
 from corral.model.checkpoint.part import split_part, take_layers
+from corral.model.checkpoint.quantization import open_quantized
 from corral.model.checkpoint.safetensors import can_open_safetensors, open_safetensors
-from corral.model.checkpoint.store import TensorStore, listed
+from corral.model.checkpoint.store import Complaints, TensorStore, listed
 from corral.model.checkpoint.synthetic import FORM, is_synthetic, open_synthetic, parse_synthetic
 from corral.spec.errors import InputError
 from corral.spec.model_config import ModelConfig, read_config
@@ -40,8 +41,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open and check a checkpoint directory, reading headers only; `synthetic:PRESET` opens one that is made up.
 
     `NAME?layers=4-7` takes these layers of it, `NAME?layers=4` the first four.
-    Raises InputError where it is missing, malformed, quantized, of another architecture, or where tensors are unknown,
-    missing, or of the wrong shape or dtype (all of these in one error).
+    Raises InputError where it is missing, malformed, of another architecture, quantized in a way that is not read, or
+    where tensors are unknown, missing, or of the wrong shape or dtype (all of these in one error).
     """
     name, layers = split_part(os.fspath(path))
     whole = _open_whole(Path(name))
@@ -53,15 +54,17 @@ def _open_whole(directory: Path) -> Checkpoint:
         return _open_synthetic(str(directory))
     _check_directory(directory)
     config = read_config(directory / "config.json")
-    _refuse_quantized(directory / "config.json")
-    store = _open_store(directory)
+    complaints: Complaints = {}
+    store = open_quantized(_open_store(directory), directory / "config.json", complaints)
+    store = fuse_experts(store, config, complaints)
     form = detect_form(store.tensors, config)
     names = {name: form.source(name) for name in expected_parameters(config)}
     dropped = {name for name in store.tensors if is_dropped(name)}
     if config.tie_word_embeddings and form.head in store.tensors:
-        _check_tied(store, form.source(EMBEDDING), form.source(HEAD))
+        if not complaints:  # what they are about cannot be read
+            _check_tied(store, form.source(EMBEDDING), form.source(HEAD))
         dropped.add(form.head)
-    _check_tensors(directory, config, store, names, dropped)
+    _check_tensors(directory, config, store, names, dropped, complaints)
     return Checkpoint(
         directory=directory,
         config=config,
@@ -87,18 +90,6 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def _refuse_quantized(path: Path) -> None:
-    config = read_json(path)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        if quantization := part.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise InputError(
-                f"{path} says that the weights are already quantized ({method or str(quantization)[:80]}); expected "
-                "bf16, fp16 or fp32 weights. Give corral the original checkpoint."
-            )
-
-
 def _open_store(directory: Path) -> TensorStore:
     for form in FORMATS:
         if form.can_open(directory):
@@ -111,7 +102,12 @@ def _open_store(directory: Path) -> TensorStore:
 
 
 def _check_tensors(
-    directory: Path, config: ModelConfig, store: TensorStore, names: dict[str, str], dropped: set[str]
+    directory: Path,
+    config: ModelConfig,
+    store: TensorStore,
+    names: dict[str, str],
+    dropped: set[str],
+    found_before: Complaints,
 ) -> None:
     """Every parameter is there, of the right shape and a dtype we read, and nothing else: or one error says it all."""
     shapes = {names[name]: shape for name, shape in expected_parameters(config).items()}
@@ -126,6 +122,8 @@ def _check_tensors(
         "of another shape than config.json says": wrong_shape,
         f"of another dtype than {', '.join(WEIGHT_DTYPES)}": wrong_dtype,
     }
+    for what, names_ in found_before.items():
+        complaints[what] = names_ + complaints.get(what, [])
     found = [f"{len(names)} {what}: {listed(names)}" for what, names in complaints.items() if names]
     if found:
         raise InputError(

@@ -13,12 +13,13 @@ from corral.graphs.lower.corral_cpu.matmul import MATMUL
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_stored
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.spec.cpu_ops import DOMAIN
+from corral.spec.errors import InputError
 
 FEED_FORWARD = "Int4FeedForward"
 
 
 def fuse_int4_feed_forward(work: ModelAndPlan) -> bool:
-    """Fuse every feed-forward. Raises PatternAbsent unless there is one a layer."""
+    """Fuse every feed-forward. Raises PatternAbsent unless there is one a layer, InputError where its halves differ."""
     fused = sum(_fuse(work, down) for down in work.nodes(MATMUL, DOMAIN))
     if fused != work.config.num_layers:
         raise PatternAbsent(f"fuse_int4_feed_forward fused {fused} feed-forwards, expected {work.config.num_layers}")
@@ -35,6 +36,12 @@ def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
         return False
     if sigmoid.inputs[0] is not gate.outputs[0] or gate.inputs[0] is not up.inputs[0]:
         return False
+    halves = [entry for node in (gate, up) if (entry := work.entry_of(node.inputs[1]))]
+    if halves[0].steps != halves[1].steps:
+        raise InputError(
+            f"{halves[0].weight} and {halves[1].weight} are quantized in different ways; corral's CPU kernels take them "
+            "as one matrix. Use --kernels stock."
+        )
     x, *down_weights = gate.inputs[0], *down.inputs[1:]
     build = tape.Tape()
     y = build.op(FEED_FORWARD, [x, *merge_stored(work, [gate, up]), *down_weights], domain=DOMAIN)

@@ -17,19 +17,20 @@ from corral.exporter.capture import SCOPE
 from corral.graphs.lower.onnxruntime.contrib import CONTRIB
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.spec import cpu_ops
-from corral.spec.weight_plan import Entry
+from corral.spec.weight_plan import Entry, Step
 
 # (operator, domain) -> outputs in each row of its stored weight.
 MERGEABLE = {("MatMulNBits", CONTRIB): 1, ("Int4MatMul", cpu_ops.DOMAIN): cpu_ops.TILE_OUTPUTS}
 
 
 def merge_matmul(work: ModelAndPlan) -> bool:
-    """Merge the quantized projections of each module that read the same value."""
-    siblings: dict[tuple[str, ir.Value | None], list[ir.Node]] = {}
+    """Merge the quantized projections of each module that read the same value and are computed alike."""
+    siblings: dict[tuple[str, ir.Value | None, tuple[Step, ...]], list[ir.Node]] = {}
     for op_type, domain in MERGEABLE:
         for node in work.nodes(op_type, domain):
-            module = node.metadata_props[SCOPE].rpartition(".")[0]
-            siblings.setdefault((module, node.inputs[0]), []).append(node)
+            module, codes = node.metadata_props[SCOPE].rpartition(".")[0], work.entry_of(node.inputs[1])
+            assert codes is not None
+            siblings.setdefault((module, node.inputs[0], codes.steps), []).append(node)
     groups = [nodes for nodes in siblings.values() if len(nodes) > 1]
     for nodes in groups:
         _merge(work, nodes)

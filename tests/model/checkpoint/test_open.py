@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -120,18 +119,6 @@ def test_paths_that_are_no_checkpoint(scout_copy: Path) -> None:
         open_checkpoint(scout_copy)
     (scout_copy / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json does not exist"):
-        open_checkpoint(scout_copy)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_quantized_checkpoints_are_refused(scout_copy: Path, edit_json: Callable[..., None], nested: bool) -> None:
-    config, quantization = scout_copy / "config.json", {"quantization_config": {"quant_method": "compressed-tensors"}}
-    if nested:
-        text = json.loads(config.read_text())
-        config.write_text(json.dumps({"model_type": "llama4", "text_config": {**text, **quantization}}))
-    else:
-        edit_json(config, **quantization)
-    with pytest.raises(InputError, match=r"already quantized \(compressed-tensors\)"):
         open_checkpoint(scout_copy)
 
 
