@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -451,3 +453,23 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_weights_must_be_constant() -> None:
     with pytest.raises(Exception, match="input 1 is no constant initializer"):
         session("Int4MatMul", (SCALES,), ("x", "w"), inputs=("x", "w", "w0"), types={"w": TensorProto.UINT8})
+
+
+@pytest.mark.skipif(sys.platform != "linux" or LIBRARY in os.environ, reason="limits this process's memory")
+def test_too_little_memory_is_an_error_and_nothing_is_lost() -> None:
+    import resource
+
+    rng = np.random.default_rng(0)
+    gate_up, down = random_matrix(rng, 2 * 8192, 128, 128), random_matrix(rng, 128, 8192, 128)
+    opened = session("Int4FeedForward", (*gate_up.stored, *down.stored))
+    x = random_batch(rng, 2000, 128)
+    want = opened.run(None, {"x": x[:5]})[0]
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (20 << 20), limits[1]))
+    try:
+        with pytest.raises(Exception, match="failed to allocate memory for the activations"):
+            opened.run(None, {"x": x})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert np.array_equal(opened.run(None, {"x": x[:5]})[0], want)
