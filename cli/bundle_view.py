@@ -16,8 +16,10 @@ from corral.spec.manifest import CoverageRecord, Manifest
 NEXT = {
     "exported": "corral quantize {path} -o OUT --weights int4",
     "quantized": "corral lower {path} -o OUT",
+    "lowered": "corral build {path} --gpu rtx4090",
     "ready": 'corral run {path} "Once upon a time"',
 }
+NEXT_WITH_ENGINE = "corral inspect {path} --engine"
 NEXT_WITHOUT_TOKENIZER = "corral validate CHECKPOINT {path} --token-ids FILE"
 
 
@@ -46,6 +48,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
         "stage": manifest.stage,
         "bytes": manifest.bytes,
         "recipe": manifest.recipe.to_json(),
+        "engines": [dataclasses.asdict(engine) for engine in manifest.engines],
         "coverage": [dataclasses.asdict(record) for record in manifest.coverage],
     }
 
@@ -53,6 +56,8 @@ def summary(bundle: Bundle) -> dict[str, Any]:
 def next_command(bundle: Bundle) -> str:
     """The command that a person with this bundle most likely wants next."""
     manifest = bundle.manifest
+    if manifest.engines:
+        return NEXT_WITH_ENGINE.format(path=bundle.directory)
     without = manifest.stage == "ready" and manifest.tokenizer is None
     return (NEXT_WITHOUT_TOKENIZER if without else NEXT[manifest.stage]).format(path=bundle.directory)
 
@@ -66,7 +71,9 @@ def show_written(bundle: Bundle, *, as_json: bool) -> None:
     what = {
         "exported": "graph and plan, no weights yet",
         "quantized": f"graph and plan for {recipe.weights}, no weights yet",
-        "ready": f"{recipe.weights} for target {recipe.target}",
+        "lowered": f"{recipe.weights} for target {recipe.target}, no engine yet",
+        "ready": f"{recipe.weights} for target {recipe.target}"
+        + "".join(f", engine for {', '.join(engine.capabilities)}" for engine in bundle.manifest.engines),
     }[bundle.manifest.stage]
     print_table(coverage_table(bundle.manifest))
     click.echo(f"\n   {bundle.directory}: {size(bundle.bytes)}, {what}\n   next: {next_command(bundle)}")

@@ -42,7 +42,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile a CHECKPOINT directory (config.json, *.safetensors) into a bundle that runs without it."""
+    """Compile a CHECKPOINT, a directory or OWNER/NAME on the Hub, into a bundle that runs without it."""
     if discard == (out is not None):  # a directory that is named and then not written would be looked for
         got = "both" if discard else "neither"
         raise InputError(f"expected -o OUT, or --discard to write nothing; got {got}. Run `corral compile --help`.")

@@ -41,6 +41,9 @@ RECIPE_HELP = {
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",
     "kernels": "What computes int4 weights on cpu: stock (ONNX Runtime's own) or corral (corral's CPU kernels).",
     "requantize": "Quantize weights again that CHECKPOINT stores quantized in another way.",
+    "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
+    "max_context": "Of engines: tokens of a sequence.",
+    "max_batch": "Of engines: sequences that decode together.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
 }
 
@@ -56,7 +59,7 @@ def recipe_options(command: F) -> F:
             type=type(field.default),
             is_flag=flag,
             default=None,  # so that a recipe file has its say
-            help=RECIPE_HELP[field.name] + ("" if flag else f"  [default: {field.default}]"),
+            help=RECIPE_HELP[field.name] + ("" if flag else f"  [default: {field.default or 'none'}]"),
         )(command)
     return click.option(
         "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with these options as keys."

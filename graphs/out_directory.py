@@ -27,7 +27,7 @@ GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE = (
     "chat_template.jinja",
 )
 # What has a number in its name.
-OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx")
+OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx|[\w.-]+\.engine(\.json)?")
 
 
 def stage_file(stage: int) -> str:
@@ -41,7 +41,7 @@ def check_out(out: Path, *, fresh: bool) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; expected a directory to write the bundle into. Choose another -o.")
-    with _locked(out):
+    with locked(out):
         _check_content(out, fresh=fresh)
 
 
@@ -58,7 +58,7 @@ def bundle_directory(out: Path, *, key: str, what: str, jobs: int, fresh: bool) 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be made: {error}.") from error
-    with _locked(out):
+    with locked(out):
         _check_content(out, fresh=fresh)
         if fresh:
             _remove_files(out)
@@ -92,7 +92,7 @@ def _check_content(out: Path, *, fresh: bool) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the directory's lock, which ends with the process that has it, even with `kill -9`."""
     directory = os.open(out, os.O_RDONLY)
     try:
@@ -107,6 +107,17 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(directory)
+
+
+def write_file(out: Path, name: str, data: bytes) -> str:
+    """Write a small file under a temporary name, synced and renamed; returns its name."""
+    path = out / (name + PARTIAL)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, out / name)
+    return name
 
 
 def _remove_files(out: Path) -> None:

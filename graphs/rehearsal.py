@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from corral.graphs.compiler import lower
 from corral.graphs.execute.execute import run_jobs
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import RunJob
-from corral.graphs.execute.job import Job, plan_jobs
+from corral.graphs.execute.job import Job, ReadPiece, plan_jobs
 from corral.graphs.execute.shards import shard_name
 from corral.graphs.split_stages import place_weights, split_stages
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.progress import Progress, silent
 from corral.spec.recipe import Recipe
-from corral.spec.weight_plan import Placement, Source, WeightPlan
+from corral.spec.weight_plan import Placement, WeightPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ def rehearse(
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
     how = Execution(jobs=jobs, ray=ray)
-    source = open_checkpoint(Path(checkpoint))
+    source = open_checkpoint(Path(checkpoint), progress=progress)
     work = lower(source, recipe, progress=progress)
     placements = place_weights(work, split_stages(work))
     return rehearse_plan(work.plan, placements, source.read_piece, how, progress)
@@ -71,7 +68,7 @@ def rehearse(
 def rehearse_plan(
     plan: WeightPlan,
     placements: Mapping[str, Placement],
-    read: Callable[[Source], NDArray[np.float32]],
+    read: ReadPiece,
     how: Execution,
     progress: Progress = silent,
 ) -> Rehearsal:

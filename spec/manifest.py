@@ -18,7 +18,7 @@ from corral.spec.unfinished import read_journal
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
-Stage = Literal["exported", "quantized", "ready"]
+Stage = Literal["exported", "quantized", "lowered", "ready"]
 # The largest manifest that is read: a hostile file must not fill memory.
 MANIFEST_BYTES = 64 << 20
 
@@ -39,6 +39,18 @@ class GraphRecord:
     path: str
     first_layer: int
     end_layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """One engine, built of `graph` for the compute capabilities listed; `sidecar` is what is known of its inside, as JSON."""
+
+    path: str
+    sidecar: str
+    graph: str
+    capabilities: tuple[str, ...]
+    built_with: str  # "tensorrt_rtx 1.7.1.116"; another version does not open it
+    profiles: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +77,11 @@ class CoverageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A bundle's description. `stage` is "ready" for a bundle that runs; "exported" and "quantized" hold graph and plan."""
+    """A bundle's description.
+
+    `stage` is "ready" for a bundle that runs; "exported" and "quantized" hold graph and plan; "lowered" has its weights,
+    too, but none of the engines that its target needs.
+    """
 
     format: str  # "major.minor"
     corral: str  # version that wrote it
@@ -80,6 +96,7 @@ class Manifest:
     coverage: tuple[CoverageRecord, ...]
     tokenizer: str | None  # path of tokenizer.json
     chat_template: str | None  # path of the Jinja template
+    engines: tuple[EngineRecord, ...] = ()
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token …, for the template
     files: tuple[FileRecord, ...] = ()
 
@@ -126,7 +143,8 @@ def read_manifest(directory: Path) -> Manifest:
     listed = {record.path for record in manifest.files}
     tables = [manifest.embedding.path] if manifest.embedding else []
     texts = [name for name in (manifest.tokenizer, manifest.chat_template) if name is not None]
-    for name in (*(graph.path for graph in manifest.graphs), *tables, *texts):
+    engines = [name for engine in manifest.engines for name in (engine.path, engine.sidecar)]
+    for name in (*(graph.path for graph in manifest.graphs), *engines, *tables, *texts):
         inside_path(name, path)
         if name not in listed:
             raise InputError(f'{path} names "{name}" but does not list it among its files: the manifest is damaged.')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TinyCheckpoint = Callable[[str], Path]
 TinyBundle = Callable[..., Path]
 PublishedCheckpoint = Callable[..., tuple[Path, Path]]
+MetaCheckpoint = Callable[[str, int], tuple[Path, Path]]
 
 CHUNK = 16
 # Five layers: rope, rope, rope, nope, rope. The chunk ends after 16 tokens, the temperature rises every 8.
@@ -174,6 +176,30 @@ def published_checkpoint(
     return make
 
 
+@pytest.fixture(scope="session")
+def meta_checkpoint(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> MetaCheckpoint:
+    """`meta_checkpoint("scout", 2)` -> (Meta's form in two shards, Hugging Face's form of the same weights), made once.
+
+    Forms as of `tiny_checkpoint`, but with the lengths of rope scaling that Meta's code has built in.
+    """
+    made: dict[tuple[str, int], tuple[Path, Path]] = {}
+
+    def make(form: str, shards: int) -> tuple[Path, Path]:
+        if (form, shards) not in made:
+            directory = tmp_path_factory.mktemp(f"{form}-meta-{shards}")
+            hugging_face = directory / "hf"
+            shutil.copytree(tiny_checkpoint(form), hugging_face)
+            config = json.loads((hugging_face / "config.json").read_text())
+            if config["rope_parameters"]["rope_type"] == "llama3":
+                config["rope_parameters"]["original_max_position_embeddings"] = 8192
+            (hugging_face / "config.json").write_text(json.dumps(config))
+            _save_meta(hugging_face, directory / "meta", shards)
+            made[form, shards] = directory / "meta", hugging_face
+        return made[form, shards]
+
+    return make
+
+
 def _save_published(source: Path, form: str, published: str, quantized: str, out: Path, plain_out: Path) -> None:
     import re
 
@@ -252,6 +278,96 @@ def _compress(matrix: Any, published: str) -> tuple[dict[str, Any], Any]:
     local = compressor.compress({"weight": matrix, "weight_scale": scale, "weight_zero_point": zero_point}, scheme)
     exact = compressor.decompress({**local, "weight_scale": scale.float()}, scheme)["weight"]
     return local, exact
+
+
+def _save_meta(hugging_face: Path, directory: Path, shards: int) -> None:
+    """The inverse of transformers' convert_llama4_weights_to_hf.py, shard by shard and with Meta's names.
+
+    As llama-models builds its modules at that tensor-parallel size (models/llama4/model.py, moe.py, ffn.py).
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    hf = {name.removeprefix("model."): t for name, t in load_file(hugging_face / "model.safetensors").items()}
+    config = json.loads((hugging_face / "config.json").read_text())
+    directory.mkdir()
+    for rank in range(shards):
+
+        def rows(name: str, rank: int = rank) -> torch.Tensor:
+            return hf[name].chunk(shards, dim=0)[rank]
+
+        def columns(name: str, rank: int = rank) -> torch.Tensor:
+            return hf[name].chunk(shards, dim=-1)[rank]
+
+        state: dict[str, Any] = {
+            "tok_embeddings.weight": rows("embed_tokens.weight"),
+            "norm.weight": hf["norm.weight"],
+            "output.weight": rows("lm_head.weight"),
+            "rope.freqs": torch.ones(8),
+            "vision_embeddings.vision_encoder.class_embedding": torch.zeros(8),
+            "vision_projection.weight": torch.zeros(64 // shards, 8),
+        }
+        for i in range(config["num_hidden_layers"]):
+            ours, theirs = f"layers.{i}.", f"layers.{i}."
+            attention = [rows(f"{ours}self_attn.{letter}_proj.weight") for letter in "qkv"]
+            state |= {
+                f"{theirs}attention.wqkv.layer_norm_weight": hf[f"{ours}input_layernorm.weight"],
+                f"{theirs}attention.wqkv.weight": torch.cat(attention),
+                f"{theirs}attention.wqkv._extra_state": io.BytesIO(b"state of Transformer Engine"),
+                f"{theirs}attention.wo.weight": columns(f"{ours}self_attn.o_proj.weight"),
+            }
+            norm = hf[f"{ours}post_attention_layernorm.weight"]
+            mlp, name = f"{ours}feed_forward.", f"{theirs}feed_forward."
+            if f"{mlp}router.weight" not in hf:
+                fc1 = [rows(f"{mlp}gate_proj.weight"), rows(f"{mlp}up_proj.weight")]
+                state |= {
+                    f"{name}mlp.layer_norm_weight": norm,
+                    f"{name}mlp.fc1_weight": torch.cat(fc1),
+                    f"{name}mlp.fc2_weight": columns(f"{mlp}down_proj.weight"),
+                }
+                continue
+            gate, up = hf[f"{mlp}experts.gate_up_proj"].chunk(2, dim=-1)
+            down = hf[f"{mlp}experts.down_proj"]
+            state |= {
+                f"{name}norm.weight": norm,
+                f"{name}router_DE": hf[f"{mlp}router.weight"].t(),
+                f"{name}w_in_shared_FD.weight": rows(f"{mlp}shared_expert.gate_proj.weight"),
+                f"{name}w_swiglu_FD.weight": rows(f"{mlp}shared_expert.up_proj.weight"),
+                f"{name}w_out_shared_DF.weight": columns(f"{mlp}shared_expert.down_proj.weight"),
+                f"{name}experts.moe_w_in_eD_F": gate.chunk(shards, dim=-1)[rank].flatten(0, 1),
+                f"{name}experts.moe_w_swiglu_eD_F": up.chunk(shards, dim=-1)[rank].flatten(0, 1),
+                f"{name}experts.moe_w_out_eF_D": down.chunk(shards, dim=1)[rank].flatten(0, 1),
+            }
+        # Of their own storage each, as training writes them.
+        state = {key: t.contiguous().clone() if isinstance(t, torch.Tensor) else t for key, t in state.items()}
+        torch.save(state, directory / f"consolidated.{rank:02}.pth")
+    moe = {"num_experts": 8, "capacity_factor": 1.0, "auto_scale_F": True, "top_k": config["num_experts_per_tok"]}
+    params = {
+        "dim": 64,
+        "n_layers": 5,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 320,
+        # By Meta's formula experts are 64 wide, dense layers 128.
+        "ffn_dim_multiplier": 0.6,
+        "ffn_exp": 4.0,
+        "multiple_of": 64,
+        "norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": config["rope_parameters"]["rope_type"] == "llama3",
+        "attention_chunk_size": CHUNK,
+        "nope_layer_interval": 4,
+        "use_qk_norm": config["use_qk_norm"],
+        "attn_temperature_tuning": True,
+        "floor_scale": 8.0,
+        "attn_scale": 0.1,
+        "vision_args": {"dim": 8},
+        "moe_args": moe | {"interleave_moe_layer_step": config["interleave_moe_layer_step"]},
+    }
+    if not config["num_local_experts"]:
+        params["moe_args"] = None
+    (directory / "params.json").write_text(json.dumps(params))
 
 
 def _save_transformers(form: str, directory: Path) -> None:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing, suppress
-
-import numpy as np
-from numpy.typing import NDArray
 
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import Finished, RunJob
-from corral.graphs.execute.job import Job
+from corral.graphs.execute.job import Job, ReadPiece
 from corral.graphs.execute.journal import Journal
 from corral.graphs.execute.shards import Shards
 from corral.spec.progress import Progress, silent
-from corral.spec.weight_plan import Source
 
 
 def execute(
     jobs: Sequence[Job],
     shards: Shards,
-    read: Callable[[Source], NDArray[np.float32]],
+    read: ReadPiece,
     journal: Journal,
     how: Execution,
     progress: Progress = silent,

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from corral.graphs.execute.job import Job, run_job
+from corral.graphs.execute.job import Job, ReadPiece, run_job
 from corral.graphs.execute.shards import Shards
-from corral.spec.weight_plan import Source
 
 # Where a job stands in the plan, and the SHA-256 of each of its outputs: all that comes back from a job.
 Finished = tuple[int, tuple[str, ...]]
+
+AHEAD = 2  # jobs that a worker is given at most: one it runs and the next, so that it never waits
 
 
 @dataclass(frozen=True)
 class RunJob:
     """Run a job and put its bytes into the shards (None: keep only their digests). Pickles into worker processes."""
 
-    read: Callable[[Source], NDArray[np.float32]]
+    read: ReadPiece
     shards: Shards | None
 
     def __call__(self, job: Job) -> tuple[str, ...]:

@@ -12,7 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.execute.steps import STEPS
+from corral.spec.errors import InputError
 from corral.spec.weight_plan import JOB_ELEMENTS, Entry, Placement, Source, Step, WeightPlan
+
+# Reads a source: its values, float32, or with `as_stored` its codes and scales by name (`Checkpoint.read_piece`).
+ReadPiece = Callable[[Source], NDArray[np.float32] | Mapping[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _cut(source: Source, group: list[tuple[Entry, Output]], limit: int) -> Itera
         yield Job(dataclasses.replace(source, **changes), outputs)
 
 
-def run_job(job: Job, read: Callable[[Source], NDArray[np.float32]]) -> list[tuple[Output, bytes]]:
+def run_job(job: Job, read: ReadPiece) -> list[tuple[Output, bytes]]:
     """Execute a job. Steps that several outputs begin with are computed once."""
     source = read(job.source)
     results: dict[Any, Any] = {}
@@ -89,7 +93,10 @@ def run_job(job: Job, read: Callable[[Source], NDArray[np.float32]]) -> list[tup
         for i, step in enumerate(output.steps):
             key = (output.steps[:i], step.name, step.args)
             if key not in results:
-                results[key] = STEPS[step.name](value, **dict(step.args))
+                try:
+                    results[key] = STEPS[step.name](value, **dict(step.args))
+                except InputError as error:
+                    raise InputError(f"{output.entry} {error}") from None
             value = results[key][step.output] if step.output else results[key]
         data = np.ascontiguousarray(value).tobytes()
         if len(data) != output.nbytes:

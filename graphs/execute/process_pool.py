@@ -11,11 +11,10 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from corral.graphs.execute.executors import Finished, RunJob
+from corral.graphs.execute.executors import AHEAD, Finished, RunJob
 from corral.graphs.execute.job import Job
 from corral.spec.errors import EnvironmentProblem
 
-AHEAD = 2  # jobs a worker has at most: one it runs and the next, so that it never waits
 STOP_SECONDS = 5.0
 
 

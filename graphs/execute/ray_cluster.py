@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from corral.graphs.execute.executors import Finished, RunJob
+from corral.graphs.execute.executors import AHEAD, Finished, RunJob
 from corral.graphs.execute.job import Job
 from corral.graphs.execute.ray_worker import Shared, digest_of, run
 from corral.graphs.execute.shards import PARTIAL
@@ -30,7 +30,6 @@ from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.unfinished import JOURNAL_NAME
 from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, PROCESS_BYTES
 
-AHEAD = 2  # jobs in flight for each worker: one it runs and the next, so that it never waits
 RETRIES = 3  # of a job whose worker or node died
 LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
 CONNECT_SECONDS = 5.0

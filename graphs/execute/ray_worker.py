@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -84,6 +85,7 @@ def complain(shared: Shared) -> str | None:
     return None
 
 
-def digest_of(values: NDArray[np.float32]) -> str:
-    """SHA-256 of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+def digest_of(piece: NDArray[Any] | Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the bytes of what was read: an array, or several by name."""
+    arrays = piece.values() if isinstance(piece, Mapping) else (piece,)
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()

@@ -9,9 +9,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.graphs.quantize.e4m3 import e4m3
+from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.pack import pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.graphs.quantize.tiles import tile_codes, tile_scales
+from corral.spec.errors import InputError
 
 NUMPY_TYPE: dict[str, Any] = {
     "float32": np.float32,
@@ -21,13 +24,24 @@ NUMPY_TYPE: dict[str, Any] = {
 
 
 def rows(array: NDArray[np.generic], *, dtype: str) -> NDArray[np.generic]:
-    """Store as it is, in `dtype`."""
-    return array.astype(NUMPY_TYPE[dtype], copy=False)
+    """Store as it is, in `dtype`. Raises InputError for a number that `dtype` does not have."""
+    return _cast(array, dtype)
 
 
 def columns(array: NDArray[np.generic], *, dtype: str) -> NDArray[np.generic]:
-    """Store transposed, in `dtype`: [outputs, inputs] -> [inputs, outputs]."""
-    return np.ascontiguousarray(array.T, dtype=NUMPY_TYPE[dtype])
+    """Store transposed, in `dtype`: [outputs, inputs] -> [inputs, outputs]. Raises InputError as `rows` does."""
+    return np.ascontiguousarray(_cast(array, dtype).T)
+
+
+def _cast(array: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
+    with np.errstate(over="ignore"):
+        stored: NDArray[np.generic] = array.astype(NUMPY_TYPE[dtype], copy=False)
+    if dtype == "float16" and not np.isfinite(stored).all():
+        raise InputError(
+            f"holds numbers up to {np.abs(array).max():.3g}; float16 ends at 65504. "
+            "Compile for a target that stores this weight in float32."
+        )
+    return stored
 
 
 def as_published(stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int) -> Mapping[str, NDArray[Any]]:
@@ -48,4 +62,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "pack_columns": pack_columns,
     "tile_codes": tile_codes,
     "tile_scales": tile_scales,
+    "e4m3": e4m3,
+    "pack_fragments": pack_fragments,
+    "fragment_scales": fragment_scales,
 }

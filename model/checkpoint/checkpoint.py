@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corral.model.checkpoint import tokenizer_files
+from corral.model.checkpoint.hub import HubName
 from corral.model.checkpoint.names import EMBEDDING, HEAD
 from corral.model.checkpoint.store import QuantizedTensorStore, TensorInfo, TensorStore
 from corral.model.checkpoint.synthetic import is_synthetic
@@ -33,6 +34,8 @@ class Checkpoint:
     names: Mapping[str, str]  # our parameter -> its tensor; every parameter of the config is there
     dropped: tuple[str, ...]  # tensors that are deliberately not read
     part: str = ""  # "?layers=4-7" where these are not all layers
+    config_name: str = "config.json"  # the file that describes the model
+    hub: HubName | None = None  # the repository that it is of, pinned to a commit
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -64,7 +67,7 @@ class Checkpoint:
         if source.interleave:
             stored = self.tensors[source.tensor].shape
             gate, up = source.halves(stored[-1] if source.transposed else stored[-2])
-            return _alternating(self.read_piece(gate), self.read_piece(up), source.interleave)
+            return alternating(self.read_piece(gate), self.read_piece(up), source.interleave)
         if not source.as_stored:
             return self.read(source)
         store: QuantizedTensorStore = self.store  # type: ignore[assignment]  # such a source is of a quantized tensor
@@ -86,10 +89,9 @@ class Checkpoint:
         """Every parameter, whole, under our names in its own dtype: for models that fit in memory."""
         return {name: self.store.read_slice(tensor, ()).clone() for name, tensor in self.names.items()}
 
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """`tokenizer.json`, or None."""
-        return tokenizer_files.find_tokenizer(self.directory)
+    def tokenizer(self) -> bytes | None:
+        """The content of `tokenizer.json`, or None. Takes seconds where Meta's `tokenizer.model` must be converted."""
+        return tokenizer_files.read_tokenizer(self.directory)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -106,16 +108,23 @@ class Checkpoint:
 
     @property
     def location(self) -> str:
-        """What opens this checkpoint again from another working directory."""
+        """What opens this checkpoint again, from another working directory and in another year."""
+        if self.hub is not None:
+            return f"{self.hub}{self.part}"
         return f"{self.directory if is_synthetic(self.directory) else self.directory.resolve()}{self.part}"
 
     @property
+    def name(self) -> str:
+        """What to call it: its repository, the directory's name, or `synthetic:…`."""
+        return Path(self.location).name if self.hub is None else f"{self.hub.repository}{self.part}"
+
+    @property
     def config_sha256(self) -> str:
-        """Of `config.json`; a synthetic checkpoint has none, and its config itself is hashed."""
+        """Of the file `config_name`; a synthetic checkpoint has none, and its config itself is hashed."""
         if is_synthetic(self.directory):
             data = json.dumps(self.config.to_json(), sort_keys=True).encode()
         else:
-            data = (self.directory / "config.json").read_bytes()
+            data = (self.directory / self.config_name).read_bytes()
         return hashlib.sha256(data).hexdigest()
 
     def _view(self, source: Source) -> Tensor:
@@ -139,10 +148,10 @@ class Checkpoint:
         return tuple(where)
 
 
-def _alternating(gate: Any, up: Any, run: int) -> Any:
+def alternating(gate: Any, up: Any, run: int) -> Any:
     """Two halves [rows, columns], or dicts of such, as one of runs of `run` rows that alternate."""
     if isinstance(gate, dict):
-        return {name: _alternating(gate[name], up[name], run) for name in gate}
+        return {name: alternating(gate[name], up[name], run) for name in gate}
     rows, columns = gate.shape
     both = np.empty((rows // run, 2, run, columns), gate.dtype)
     for i, half in enumerate((gate, up)):

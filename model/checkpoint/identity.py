@@ -19,7 +19,7 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
     for name in sorted(tensors):
         for info in _stored(tensors[name]):
             digest.update(f"{info.name} {info.dtype} {info.shape} {info.published} {info.file.name}\n".encode())
-    for file in sorted({info.file for tensor in tensors.values() for info in _stored(tensor)}):
+    for file in sorted({file for tensor in tensors.values() for info in _stored(tensor) for file in info.files}):
         if file.exists():  # values may come from elsewhere than from files
             found = file.stat()
             digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())

@@ -39,6 +39,9 @@ DROPPED_PREFIXES = {
     "multi_modal_projector.": "image encoder",
     "model.vision_model.": "image encoder",
     "model.multi_modal_projector.": "image encoder",
+    # In Meta's own files.
+    "vision_embeddings.": "image encoder",
+    "vision_projection.": "image encoder",
 }
 # End of a tensor's name -> why it is not read: what belongs to quantized activations or a quantized KV cache, not to weights.
 DROPPED_SUFFIXES = {

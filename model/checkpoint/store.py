@@ -26,6 +26,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     published: str = ""
     parts: tuple[TensorInfo, ...] = ()
+    other_files: tuple[Path, ...] = ()  # where it lies in several
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file, *self.other_files)
 
 
 class TensorStore(Protocol):

@@ -137,6 +137,18 @@ def test_portable_graphs_run_in_onnx_reference_evaluator(
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
+@pytest.mark.parametrize(("form", "weights"), [("scout", "int4"), ("maverick", "int8"), ("guard", "int4")])
+def test_portable_bundles_compute_in_float(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, form: str, weights: str
+) -> None:
+    model = quantized_reference(tiny_checkpoint(form), {"int8": 8, "int4": 4}[weights])
+    ids = np.random.default_rng(8).integers(0, 256, 40)
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    got = LLM(tiny_bundle(form, "portable", weights)).score(ids)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("form", ["scout", "maverick", "topk2"])
 def test_a_bundle_larger_than_memory_computes_in_float(
     tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, form: str

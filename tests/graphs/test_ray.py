@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import secrets
@@ -306,3 +307,11 @@ def test_a_worker_complains_of_another_corral_directory_or_checkpoint(source: Ch
         ({"sample": (Source("nowhere", rows=(0, 1)), "")}, "cannot read the checkpoint"),
     ):
         assert words in str(complain(dataclasses.replace(good, **change)))
+
+
+def test_codes_and_scales_have_the_digest_of_their_bytes() -> None:
+    """Of what an already quantized checkpoint is read as; another process must come to the same."""
+    codes, scales = np.arange(6, dtype=np.uint8), np.ones(2, np.float32)
+    digest = digest_of({"codes": codes, "scales": scales})
+    assert digest == hashlib.sha256(codes.tobytes() + scales.tobytes()).hexdigest()
+    assert digest != digest_of({"codes": codes, "scales": 2 * scales})

@@ -460,7 +460,8 @@ def test_too_little_memory_is_an_error_and_nothing_is_lost() -> None:
     import resource
 
     rng = np.random.default_rng(0)
-    gate_up, down = random_matrix(rng, 2 * 8192, 128, 128), random_matrix(rng, 128, 8192, 128)
+    width = 1 << 16  # 2,000 tokens' inner values: 524 MB, more than malloc can have kept from the tests before
+    gate_up, down = random_matrix(rng, 2 * width, 128, 128), random_matrix(rng, 128, width, 128)
     opened = session("Int4FeedForward", (*gate_up.stored, *down.stored))
     x = random_batch(rng, 2000, 128)
     want = opened.run(None, {"x": x[:5]})[0]
