@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from corral.exporter.export import export
+from corral.graphs.calibrate.calibrate import calibration_key
 from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import check_out
@@ -40,9 +41,10 @@ def compile(
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
     """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read."""
+    statistics = calibration_key(checkpoint, recipe)  # first: a text that does not do is told at once
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
-    work = ModelAndPlan(model, plan, checkpoint.config, recipe)
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe, statistics)
     for phase in phases(recipe.target):
         run_phase(phase, work)
     return work

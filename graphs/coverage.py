@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from corral.graphs.quantize.kinds import KINDS, kind_of
-from corral.spec.manifest import CoverageRecord
+from corral.spec.manifest import CalibrationRecord, CoverageRecord
 from corral.spec.weight_plan import Entry, WeightPlan
 
 
-def coverage(plan: WeightPlan) -> tuple[CoverageRecord, ...]:
+def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> tuple[CoverageRecord, ...]:
     """One record per kind of weight and way of storing it, in the order of `KINDS`."""
     rows: dict[tuple[str, str], list[Entry]] = {}
     for entry in plan:
@@ -17,6 +17,7 @@ def coverage(plan: WeightPlan) -> tuple[CoverageRecord, ...]:
         CoverageRecord(
             kind=kind,
             stored=stored,
+            fallbacks=2 * len(calibration.fallbacks) if calibration and kind == "experts" else 0,  # gate and up, down
             matrices=sum(len(entry.pieces) for entry in entries if entry.parameters),
             parameters=sum(entry.parameters for entry in entries),
             bytes=sum(entry.nbytes for entry in entries),
@@ -30,5 +31,6 @@ def stored_as(entry: Entry) -> str:
     for step in entry.steps:
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
-            return f"int{args['bits']} g{args['group_size']}"
+            method = "" if step.name == "rtn" else f" {step.name.replace('_', '-')}"
+            return f"int{args['bits']} g{args['group_size']}{method}"
     return entry.dtype

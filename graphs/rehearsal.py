@@ -6,6 +6,7 @@ A dress rehearsal where the disk is too small for the bundle, or before machines
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.graphs.calibrate.calibrate import calibrate
 from corral.graphs.compiler import lower
 from corral.graphs.execute.execute import run_jobs
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import RunJob
-from corral.graphs.execute.job import Job, plan_jobs
+from corral.graphs.execute.job import Job, ReadStatistics, plan_jobs
 from corral.graphs.execute.shards import shard_name
 from corral.graphs.split_stages import place_weights, split_stages
 from corral.model.checkpoint.open import open_checkpoint
@@ -52,7 +54,8 @@ class Rehearsal:
 def rehearse(
     checkpoint: str | Path, recipe: Recipe, *, jobs: int | None = None, progress: Progress = silent
 ) -> Rehearsal:
-    """Do all that `compile` does except writing, and return digests. Needs its time and memory, and no disk space.
+    """Do all that `compile` does except writing, and return digests. Needs its time and memory, and no disk space but
+    for a calibration's statistics, which lie in the temporary directory meanwhile.
 
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
@@ -60,7 +63,10 @@ def rehearse(
     source = open_checkpoint(Path(checkpoint))
     work = lower(source, recipe, progress=progress)
     placements = place_weights(work, split_stages(work))
-    return rehearse_plan(work.plan, placements, source.read, how, progress)
+    with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
+        calibration = calibrate(work, source, Path(scratch), progress)
+        known = calibration.statistics.inputs_of if calibration else None
+        return rehearse_plan(work.plan, placements, source.read, how, progress, known)
 
 
 def rehearse_plan(
@@ -69,11 +75,12 @@ def rehearse_plan(
     read: Callable[[Source], NDArray[np.float32]],
     how: Execution,
     progress: Progress = silent,
+    read_statistics: ReadStatistics | None = None,
 ) -> Rehearsal:
     """Compute a plan's weights and keep their digests."""
     started = time.monotonic()
     jobs = plan_jobs(plan, placements, how.job_elements)
-    digests = dict(run_jobs(jobs, RunJob(read, shards=None), how, progress))
+    digests = dict(run_jobs(jobs, RunJob(read, None, read_statistics), how, progress))
     return Rehearsal(
         shards=shard_digests(jobs, digests),
         parameters=sum(job.elements for job in jobs),

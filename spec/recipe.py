@@ -12,7 +12,9 @@ from corral.spec.errors import InputError
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
 from corral.spec.target import target_named
 
-METHODS = ("rtn",)
+METHODS = ("rtn", "rtn-mse", "hqq", "gptq")
+CALIBRATED_METHODS = ("gptq",)
+LEAST_CALIBRATION_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    calibration: str = "python-library"  # for calibrated methods: a UTF-8 text file, or a text that corral ships
+    calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
 
@@ -34,6 +38,12 @@ class Recipe:
             )
         if self.method not in METHODS:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
+        if self.method != "rtn" and not scheme.is_quantized:
+            raise InputError(f"method {self.method} quantizes weights, and {scheme.name} keeps them in floating point.")
+        if self.calibration_tokens < LEAST_CALIBRATION_TOKENS:
+            raise InputError(
+                f"calibration_tokens is {self.calibration_tokens}, expected at least {LEAST_CALIBRATION_TOKENS}."
+            )
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.graphs.execute.job import Job, run_job
+from corral.graphs.execute.job import Job, ReadStatistics, run_job
 from corral.graphs.execute.shards import Shards
 from corral.spec.weight_plan import Source
 
@@ -24,10 +24,11 @@ class RunJob:
 
     read: Callable[[Source], NDArray[np.float32]]
     shards: Shards | None
+    read_statistics: ReadStatistics | None = None
 
     def __call__(self, job: Job) -> tuple[str, ...]:
         digests = []
-        for output, data in run_job(job, self.read):
+        for output, data in run_job(job, self.read, self.read_statistics):
             if self.shards is not None:
                 self.shards.write(output.shard, output.offset, data)
             digests.append(hashlib.sha256(data).hexdigest())

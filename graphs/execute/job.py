@@ -12,7 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.execute.steps import STEPS
-from corral.spec.weight_plan import JOB_ELEMENTS, Entry, Placement, Source, Step, WeightPlan
+from corral.spec.weight_plan import (
+    JOB_BYTES_PER_ELEMENT,
+    JOB_ELEMENTS,
+    STATISTICS_BYTES_PER_SQUARE,
+    Entry,
+    Placement,
+    Source,
+    Step,
+    WeightPlan,
+)
+
+# What the statistics of a calibration say of one source: arrays by name.
+ReadStatistics = Callable[[Source], Mapping[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,13 @@ class Job:
     @property
     def elements(self) -> int:
         return math.prod(self.source.shape)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that the job needs at most."""
+        needs_statistics = any("statistics" in dict(step.args) for output in self.outputs for step in output.steps)
+        statistics = STATISTICS_BYTES_PER_SQUARE * self.source.shape[-1] ** 2 if needs_statistics else 0
+        return self.elements * JOB_BYTES_PER_ELEMENT + statistics
 
 
 def plan_jobs(plan: WeightPlan, placements: Mapping[str, Placement], limit: int = JOB_ELEMENTS) -> list[Job]:
@@ -79,8 +98,13 @@ def _cut(source: Source, group: list[tuple[Entry, Output]], limit: int) -> Itera
         yield Job(dataclasses.replace(source, **changes), outputs)
 
 
-def run_job(job: Job, read: Callable[[Source], NDArray[np.float32]]) -> list[tuple[Output, bytes]]:
-    """Execute a job. Steps that several outputs begin with are computed once."""
+def run_job(
+    job: Job, read: Callable[[Source], NDArray[np.float32]], read_statistics: ReadStatistics | None = None
+) -> list[tuple[Output, bytes]]:
+    """Execute a job. Steps that several outputs begin with are computed once.
+
+    Where a step names statistics (by the argument `statistics`), it is given what those say of the job's source.
+    """
     source = read(job.source)
     results: dict[Any, Any] = {}
     finished = []
@@ -89,10 +113,19 @@ def run_job(job: Job, read: Callable[[Source], NDArray[np.float32]]) -> list[tup
         for i, step in enumerate(output.steps):
             key = (output.steps[:i], step.name, step.args)
             if key not in results:
-                results[key] = STEPS[step.name](value, **dict(step.args))
+                results[key] = STEPS[step.name](value, **_arguments(step, job.source, read_statistics))
             value = results[key][step.output] if step.output else results[key]
         data = np.ascontiguousarray(value).tobytes()
         if len(data) != output.nbytes:
             raise AssertionError(f"{output.entry}: steps made {len(data)} bytes, the plan says {output.nbytes}")
         finished.append((output, data))
     return finished
+
+
+def _arguments(step: Step, source: Source, read_statistics: ReadStatistics | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = dict(step.args)
+    if "statistics" in arguments:
+        if read_statistics is None:
+            raise AssertionError(f"{step} needs statistics, and none were gathered")
+        arguments["statistics"] = read_statistics(source)
+    return arguments

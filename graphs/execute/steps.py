@@ -9,8 +9,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.graphs.quantize.gptq import gptq
+from corral.graphs.quantize.hqq import hqq
 from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
+from corral.graphs.quantize.rtn_mse import rtn_mse
 
 NUMPY_TYPE: dict[str, Any] = {
     "float32": np.float32,
@@ -33,6 +36,9 @@ STEPS: dict[str, Callable[..., Any]] = {
     "rows": rows,
     "columns": columns,
     "rtn": rtn,
+    "rtn_mse": rtn_mse,
+    "hqq": hqq,
+    "gptq": gptq,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
     "interleave_halves": interleave_halves,

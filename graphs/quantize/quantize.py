@@ -12,6 +12,7 @@ import onnx_ir as ir
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.kinds import kind_of
+from corral.graphs.quantize.methods import METHODS
 from corral.spec.errors import InputError
 from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
 from corral.spec.weight_plan import Entry, step
@@ -36,18 +37,21 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
         fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
         raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
-    rtn = {"bits": bits, "group_size": group}
+    method = METHODS[work.recipe.method]
+    name, how = method.step, method.arguments(bits, group, work.statistics)
     codes = dataclasses.replace(
-        entry.with_layout(step("rtn", output="codes", **rtn), step("pack_columns", bits=bits)),
+        entry.with_layout(step(name, output="codes", **how), step("pack_columns", bits=bits)),
         name=f"{entry.name}.codes",
         dtype=dtype,
+        cut=entry.cut if method.by_group else None,
         cut_multiple=group,
     )
     scales = dataclasses.replace(
-        entry.with_layout(step("rtn", output="scales", **rtn), step("columns", dtype="float32")),
+        entry.with_layout(step(name, output="scales", **how), step("columns", dtype="float32")),
         name=f"{entry.name}.scales",
         shape=(*entry.shape[:-2], inputs // group, entry.shape[-1]),
         parameters=0,
+        cut=codes.cut,
         cut_multiple=group,
     )
     weight = work.graph.initializers[entry.name]

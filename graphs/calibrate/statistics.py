@@ -1,0 +1,84 @@
+"""Statistics files: what was seen of each matrix's inputs. Named by content, beside the bundle that is being compiled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from corral.graphs.execute.shards import PARTIAL
+from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.names import HEAD
+from corral.spec.weight_plan import Source
+
+# Matrices that read what another one reads: their inputs are gathered once, under that one's name.
+SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The files of one calibration in `directory`, and whose they are. Holds no open file: it pickles into workers.
+
+    `names`: tensor of the checkpoint -> our parameter.
+    """
+
+    directory: Path
+    key: str
+    names: Mapping[str, str]
+
+    def inputs_of(self, source: Source) -> dict[str, NDArray[Any]]:
+        """What was seen of the inputs of the matrix `source`: see `InputSums.save` for the arrays.
+
+        Raises FileNotFoundError where that was not gathered, which is a mistake of ours.
+        """
+        from safetensors.numpy import load_file
+
+        return load_file(self.path(input_site(self.names[source.tensor]), source.index))
+
+    def tokens(self, site: str, expert: int | None = None) -> int:
+        """How many tokens a matrix saw."""
+        from safetensors import safe_open
+
+        with safe_open(self.path(site, expert), framework="numpy") as file:
+            return int(file.get_tensor("tokens").item())
+
+    def path(self, site: str, expert: int | None = None) -> Path:
+        """Where the inputs' sums of a site lie (of one of its experts)."""
+        of = "" if expert is None else f".{expert}"
+        return self.directory / f"statistics-{self.key}-{site}{of}.safetensors"
+
+    def hidden_path(self, layer: int) -> Path:
+        """Where the calibration text's hidden states before a layer lie."""
+        return self.directory / f"hidden-{self.key}-{layer}.bin"
+
+    def save(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write a statistics file, whole or not at all."""
+        from safetensors.numpy import save
+
+        partial = path.with_name(path.name + PARTIAL)
+        with partial.open("wb") as file:
+            file.write(save(dict(arrays)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def remove(self) -> None:
+        """Remove all files of this calibration."""
+        for kind in ("statistics", "hidden"):
+            for path in self.directory.glob(f"{kind}-{self.key}-*"):
+                path.unlink()
+
+
+def statistics_of(checkpoint: Checkpoint, directory: Path, key: str) -> Statistics:
+    """The statistics of a checkpoint named `key`, in `directory`."""
+    return Statistics(directory, key, {checkpoint.source(name): name for name in (*checkpoint.names, HEAD)})
+
+
+def input_site(parameter: str) -> str:
+    """The name under which a matrix's inputs are gathered: `layers.3.self_attn.q_proj` for q, k and v alike."""
+    parts = parameter.removesuffix(".weight").split(".")
+    return ".".join([*parts[:-1], SAME_INPUTS.get(parts[-1], parts[-1])])
