@@ -65,7 +65,7 @@ def rehearse(
     placements = place_weights(work, split_stages(work))
     with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
         calibration = calibrate(work, source, Path(scratch), progress)
-        known = calibration.statistics.inputs_of if calibration else None
+        known = calibration.statistics.of if calibration else None
         return rehearse_plan(work.plan, placements, source.read, how, progress, known)
 
 

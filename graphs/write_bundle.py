@@ -73,7 +73,7 @@ def write_bundle(
     with bundle_directory(out, key=key, what=_in_words(work, checkpoint), jobs=len(jobs), fresh=fresh) as journal:
         _check_disk_space(shards)
         calibration = calibrate(work, checkpoint, out, progress) if stage == "ready" else None
-        known = calibration.statistics.inputs_of if calibration else None
+        known = calibration.statistics.of if calibration else None
         names = execute(jobs, shards, checkpoint.read, journal, how, progress, known)
         for graph in graphs:
             names.append(_write(out, graph.path, graph_bytes(graph.model, work.plan, placements)))

@@ -12,8 +12,7 @@ from corral.spec.errors import InputError
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
 from corral.spec.target import target_named
 
-METHODS = ("rtn", "rtn-mse", "hqq", "gptq")
-CALIBRATED_METHODS = ("gptq",)
+METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 LEAST_CALIBRATION_TOKENS = 512
 
 

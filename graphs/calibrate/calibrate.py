@@ -9,6 +9,7 @@ from pathlib import Path
 
 from corral.graphs.calibrate.calibration_text import CalibrationText, read_calibration_text
 from corral.graphs.calibrate.gather import gather
+from corral.graphs.calibrate.input_scales import search_input_scales
 from corral.graphs.calibrate.statistics import Statistics, statistics_of
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.quantize.methods import METHODS, MIN_TOKENS
@@ -17,6 +18,7 @@ from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.manifest import CalibrationRecord, FallbackRecord
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
+from corral.spec.quant_scheme import scheme_named
 from corral.spec.recipe import Recipe
 
 
@@ -32,7 +34,12 @@ def calibration_key(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The name that a plan gives to its statistics; "" where the recipe's method needs none."""
     if not METHODS[recipe.method].calibrated:
         return ""
-    return read_calibration_text(checkpoint, recipe).key(checkpoint)
+    return read_calibration_text(checkpoint, recipe).key(checkpoint, _settings(recipe))
+
+
+def _settings(recipe: Recipe) -> str:
+    """What is gathered follows from these; AWQ's scales are searched for one scheme."""
+    return f"{recipe.method} {recipe.weights} {recipe.group_size}" if METHODS[recipe.method].rescales else ""
 
 
 def calibrate(
@@ -46,19 +53,25 @@ def calibrate(
     if not keys:
         return None
     text = read_calibration_text(checkpoint, work.recipe)
-    if keys != {text.key(checkpoint)}:
+    if keys != {text.key(checkpoint, _settings(work.recipe))}:
         raise InputError(
             f"the calibration text {text.name}, or the checkpoint, has changed since this plan was made. Run `corral "
             "quantize` again, or `corral compile`."
         )
     statistics = statistics_of(checkpoint, directory, keys.pop())
-    _check_disk_space(directory, work.config, text)
-    gather(checkpoint, text.ids, statistics, hessian=True, progress=progress)
+    rescales = METHODS[work.recipe.method].rescales
+    if not rescales:
+        _check_disk_space(directory, work.config, text)
+    gather(checkpoint, text.ids, statistics, hessian=not rescales, progress=progress)
+    if rescales:
+        bits = scheme_named(work.recipe.weights).bits
+        assert bits is not None
+        search_input_scales(checkpoint, statistics, bits=bits, group_size=work.recipe.group_size, progress=progress)
     return Calibration(statistics, _record(work.config, text, statistics))
 
 
 def statistics_bytes(config: ModelConfig, tokens: int) -> int:
-    """Disk space for a calibration: float32 X^T X of every matrix's inputs, and hidden states of three points of a layer."""
+    """Disk space for GPTQ's calibration: X^T X of every matrix's inputs, hidden states of three points of a layer."""
     squares = 0
     for layer in config.layers:
         attention = config.hidden_size**2 + config.query_size**2

@@ -30,9 +30,9 @@ class CalibrationText:
     name: str
     sha256: str
 
-    def key(self, checkpoint: Checkpoint) -> str:
-        """Name by content what this text shows of a checkpoint: 16 hexadecimal digits."""
-        digest = hashlib.sha256(f"{FORMAT} {checkpoint_identity(checkpoint)} {self.ids.shape}".encode())
+    def key(self, checkpoint: Checkpoint, settings: str) -> str:
+        """Name by content what this text shows of a checkpoint: 16 hexadecimal digits. `settings`: what is gathered."""
+        digest = hashlib.sha256(f"{FORMAT} {checkpoint_identity(checkpoint)} {self.ids.shape} {settings}".encode())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()[:16]
 

@@ -109,17 +109,17 @@ def _embed(checkpoint: Checkpoint, ids: NDArray[np.int64], hidden: NDArray[np.fl
 def _weights(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
     """Parameters under `prefix`, in float32 and without it; the fused experts are left out."""
     return {
-        name.removeprefix(prefix): torch.from_numpy(checkpoint.read(_pieces(checkpoint, name)[0]))
+        name.removeprefix(prefix): torch.from_numpy(checkpoint.read(pieces_of(checkpoint, name)[0]))
         for name in checkpoint.names
         if name.startswith(prefix) and ".experts." not in name
     }
 
 
 def _read_expert(checkpoint: Checkpoint, name: str, expert: int) -> Tensor:
-    return torch.from_numpy(checkpoint.read(_pieces(checkpoint, name)[expert]))
+    return torch.from_numpy(checkpoint.read(pieces_of(checkpoint, name)[expert]))
 
 
-def _pieces(checkpoint: Checkpoint, name: str) -> tuple[Source, ...]:
+def pieces_of(checkpoint: Checkpoint, name: str) -> tuple[Source, ...]:
     """The slices that hold a parameter, each as the matrix [outputs, inputs]: those that the plan reads."""
     return parameter_entry(name, checkpoint.info(name).shape, checkpoint.source(name)).pieces
 

@@ -9,14 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from corral.spec.quant_scheme import GROUP_SIZES
+
 
 class InputSums:
-    """How many tokens came, sum of |x| and, with `hessian`, X^T X; else only its diagonal. All in float32."""
+    """How many tokens came, sum of |x| and, with `hessian`, X^T X; else the blocks on its diagonal. All in float32."""
 
     def __init__(self, size: int, *, hessian: bool) -> None:
         self.tokens = 0
         self.magnitude = torch.zeros(size)
-        self.products = torch.zeros(size, size) if hessian else torch.zeros(size)
+        self.products = torch.zeros(size, size) if hessian else torch.zeros(_blocks(size))
 
     def add(self, x: Tensor) -> None:
         """Count inputs [..., size]."""
@@ -26,13 +28,20 @@ class InputSums:
         if self.products.dim() == 2:
             self.products.addmm_(rows.T, rows)
         else:
-            self.products += rows.square().sum(0)
+            parts = rows.unflatten(1, self.products.shape[:2]).transpose(0, 1)  # [blocks, tokens, block size]
+            self.products.baddbmm_(parts.transpose(1, 2), parts)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """As stored: "tokens" int64 [1], "magnitude" float32 [n], and "hessian" [n, n] or "squares" [n]."""
-        name = "hessian" if self.products.dim() == 2 else "squares"
+        """As stored: "tokens" int64 [1], "magnitude" float32 [n], and "hessian" [n, n] or "blocks" [n / b, b, b]."""
+        name = "hessian" if self.products.dim() == 2 else "blocks"
         return {
             "tokens": np.array([self.tokens]),
             "magnitude": self.magnitude.numpy(),
             name: self.products.numpy(),
         }
+
+
+def _blocks(size: int) -> tuple[int, int, int]:
+    """As large as the largest group that divides the inputs: smaller groups' blocks lie within."""
+    block = max(group for group in (1, *GROUP_SIZES) if size % group == 0)
+    return size // block, block, block

@@ -30,14 +30,32 @@ class Statistics:
     key: str
     names: Mapping[str, str]
 
-    def inputs_of(self, source: Source) -> dict[str, NDArray[Any]]:
-        """What was seen of the inputs of the matrix `source`: see `InputSums.save` for the arrays.
+    def of(self, source: Source) -> dict[str, NDArray[Any]]:
+        """All that is known of a matrix (or a norm's vector): sums over its inputs, and AWQ's scales cut to its rows."""
+        name = self.names[source.tensor]
+        found: dict[str, NDArray[Any]] = {}
+        if self.path(input_site(name), source.index).exists():
+            found |= self.inputs(input_site(name), source.index)
+        return found | self._scales(name, source)
 
-        Raises FileNotFoundError where that was not gathered, which is a mistake of ours.
-        """
+    def inputs(self, site: str, expert: int | None = None) -> dict[str, NDArray[Any]]:
+        """The sums over the inputs of a site: see `InputSums.arrays`."""
         from safetensors.numpy import load_file
 
-        return load_file(self.path(input_site(self.names[source.tensor]), source.index))
+        return load_file(self.path(site, expert))
+
+    def _scales(self, name: str, source: Source) -> dict[str, NDArray[Any]]:
+        from safetensors import safe_open
+
+        path, found = self.scales_path(name), {}
+        if path.exists():
+            with safe_open(path, framework="numpy") as file:
+                for kind, cut in (("input_scales", source.columns), ("output_scales", source.rows)):
+                    if f"{name}.{kind}" in file.keys():  # noqa: SIM118  # no mapping
+                        scales = file.get_tensor(f"{name}.{kind}")
+                        whole = scales[source.index] if scales.ndim == 2 else scales
+                        found[kind] = whole[slice(*cut)] if cut else whole
+        return found
 
     def tokens(self, site: str, expert: int | None = None) -> int:
         """How many tokens a matrix saw."""
@@ -50,6 +68,11 @@ class Statistics:
         """Where the inputs' sums of a site lie (of one of its experts)."""
         of = "" if expert is None else f".{expert}"
         return self.directory / f"statistics-{self.key}-{site}{of}.safetensors"
+
+    def scales_path(self, name: str) -> Path:
+        """Where AWQ's scales of a parameter's layer lie; those of what comes after the layers lie together."""
+        part = ".".join(name.split(".")[:2]) if name.startswith("layers.") else "head"
+        return self.directory / f"statistics-{self.key}-scales.{part}.safetensors"
 
     def hidden_path(self, layer: int) -> Path:
         """Where the calibration text's hidden states before a layer lie."""

@@ -52,8 +52,8 @@ class Job:
     @property
     def peak_bytes(self) -> int:
         """Memory that the job needs at most."""
-        needs_statistics = any("statistics" in dict(step.args) for output in self.outputs for step in output.steps)
-        statistics = STATISTICS_BYTES_PER_SQUARE * self.source.shape[-1] ** 2 if needs_statistics else 0
+        solves = any(step.name == "gptq" for output in self.outputs for step in output.steps)
+        statistics = STATISTICS_BYTES_PER_SQUARE * self.source.shape[-1] ** 2 if solves else 0
         return self.elements * JOB_BYTES_PER_ELEMENT + statistics
 
 

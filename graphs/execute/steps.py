@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.graphs.quantize.awq import awq, rescale
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
 from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
@@ -39,6 +40,8 @@ STEPS: dict[str, Callable[..., Any]] = {
     "rtn_mse": rtn_mse,
     "hqq": hqq,
     "gptq": gptq,
+    "awq": awq,
+    "rescale": rescale,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
     "interleave_halves": interleave_halves,

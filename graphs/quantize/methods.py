@@ -16,6 +16,7 @@ class Method:
     step: str
     calibrated: bool = False
     by_group: bool = True
+    rescales: bool = False  # inputs are scaled, and what makes them with them
 
     def arguments(self, bits: int, group_size: int, statistics: str) -> dict[str, int | float | str]:
         """The step's literal arguments."""
@@ -27,5 +28,6 @@ METHODS = {
     "rtn": Method(step="rtn"),
     "rtn-mse": Method(step="rtn_mse"),
     "hqq": Method(step="hqq"),
+    "awq": Method(step="awq", calibrated=True, by_group=False, rescales=True),
     "gptq": Method(step="gptq", calibrated=True, by_group=False),
 }

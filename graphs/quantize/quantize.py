@@ -26,6 +26,9 @@ def quantize_weights(work: ModelAndPlan) -> bool:
     for entry in list(work.plan):
         if kind_of(entry.weight).quantized:
             _quantize(work, entry, scheme.bits, scheme.dtype)
+        elif METHODS[work.recipe.method].rescales and kind_of(entry.weight).name in ("norm", "router"):
+            rescaled = (step("rescale", statistics=work.statistics), *entry.steps)
+            work.plan.replace(entry.name, dataclasses.replace(entry, steps=rescaled))
     return True
 
 

@@ -28,8 +28,9 @@ def search_scales(
     bits: int,
     group_size: int,
     importance: NDArray[np.floating] | None = None,
+    ratios: tuple[float, ...] = CLIP_RATIOS,
 ) -> NDArray[np.float32]:
-    """Scales [outputs, groups] of least squared error over CLIP_RATIOS, then over all scales for the codes so found.
+    """Scales [outputs, groups] of least squared error over clip `ratios`, then over all scales for the codes so found.
 
     `importance` [inputs] weighs each input's squared error (the mean square of its activations, say); None: all alike.
     The refinement is the least-squares scale of fixed codes, <w, q> / <q, q>, taken where it lowers the error.
@@ -39,7 +40,7 @@ def search_scales(
     weights = np.ones(shape, np.float32) if importance is None else _normalized(importance.reshape(shape))
     scales = np.empty((rows, shape[0]), np.float32)
     for block in row_blocks(rows, columns):
-        scales[block] = _search(weight[block].reshape(-1, *shape), weights, bits)
+        scales[block] = _search(weight[block].reshape(-1, *shape), weights, bits, ratios)
     return scales
 
 
@@ -63,7 +64,9 @@ def decode(codes: NDArray[np.uint8], scales: NDArray[np.float32], *, bits: int) 
     return (values * scales[..., None]).reshape(codes.shape)
 
 
-def _search(groups: NDArray[np.float32], weights: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+def _search(
+    groups: NDArray[np.float32], weights: NDArray[np.float32], bits: int, ratios: tuple[float, ...]
+) -> NDArray[np.float32]:
     """Scales [rows, groups] of a block [rows, groups, group_size]."""
     tiny = np.finfo(np.float32).tiny  # as in `rtn`: no scale below the smallest normal number
     extreme = np.maximum(groups.max(axis=2), -groups.min(axis=2))
@@ -71,7 +74,7 @@ def _search(groups: NDArray[np.float32], weights: NDArray[np.float32], bits: int
     best, least = np.maximum(widest, tiny), np.full(extreme.shape, np.inf, np.float32)
     relative = groups / np.maximum(extreme, tiny)[..., None]  # in -1 … 1: errors can neither overflow nor vanish
     unit = np.float32(1 / ((1 << (bits - 1)) - 1))
-    for ratio in CLIP_RATIOS:
+    for ratio in ratios:
         scale = np.float32(ratio) * unit
         error = _error(relative, nearest_codes(relative, scale, bits), scale, weights)
         better = error < least

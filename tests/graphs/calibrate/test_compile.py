@@ -137,3 +137,23 @@ def test_synthetic_checkpoints_are_calibrated_on_made_up_tokens(tmp_path: Path) 
     record = bundle.manifest.calibration
     assert record is not None
     assert (record.text, record.sha256) == ("random token ids", "")
+
+
+def test_awq_folds_its_scales_into_the_bundle(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """At 8 bits hardly anything is lost: a scale that was folded on one side only would be seen at once."""
+    import torch
+
+    from corral.model.checkpoint.open import open_checkpoint
+    from corral.model.checkpoint.reference import load_reference
+    from corral.runtime import LLM
+
+    directory = tiny_checkpoint("scout")
+    recipe = Recipe(method="awq", weights="int8", group_size=32, calibration_tokens=4096)
+    compile(directory, tmp_path / "serial", recipe, jobs=1)
+    compile(directory, tmp_path / "pool", recipe, jobs=2)
+    assert (tmp_path / "serial" / WEIGHTS).read_bytes() == (tmp_path / "pool" / WEIGHTS).read_bytes()
+    ids = np.random.default_rng(8).integers(0, 256, 40).tolist()
+    with torch.no_grad():
+        want = load_reference(open_checkpoint(directory)).logits(torch.tensor(ids)[None])[0].numpy()
+    got = LLM(tmp_path / "serial").score(ids)
+    assert np.abs(got - want).mean() < 0.02 * np.abs(want).max()

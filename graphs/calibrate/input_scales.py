@@ -1,0 +1,118 @@
+"""AWQ's scales of every matrix's inputs, searched layer by layer, and folded into what makes those inputs.
+
+| made by                           | read by                                    | each input's scale            |
+| --------------------------------- | ------------------------------------------ | ----------------------------- |
+| input norm                        | q, k, v                                    | one vector                    |
+| v                                 | o                                          | tied among a KV head's queries |
+| norm before the feed-forward      | gate, up; shared, all experts', the router | one vector: see below         |
+| up half (SwiGLU: silu(gate) * up) | down                                       | one vector a matrix, an expert's its own |
+| last norm                         | head                                       | one vector                    |
+
+Exact for experts, too: the gate that scales what an expert sees is one number a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.graphs.calibrate.gather import pieces_of
+from corral.graphs.calibrate.statistics import Statistics, input_site
+from corral.graphs.quantize.awq import ALPHAS, alpha_losses, input_scales
+from corral.graphs.quantize.methods import MIN_TOKENS
+from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.names import HEAD
+from corral.spec.progress import Progress, silent
+from corral.spec.weight_plan import JOB_ELEMENTS
+
+Scales = dict[str, NDArray[np.float32]]
+Reader = tuple[str, int | None]  # a matrix: parameter, and which expert's
+
+
+def search_input_scales(
+    checkpoint: Checkpoint, statistics: Statistics, *, bits: int, group_size: int, progress: Progress = silent
+) -> None:
+    """Leave every layer's scales beside its statistics; layers that are there already are not searched again."""
+    config = checkpoint.config
+    search = _Search(checkpoint, statistics, bits, group_size)
+    for i in range(config.num_layers):
+        progress("search scales", i, config.num_layers + 1, "layers")
+        if not (path := statistics.scales_path(f"layers.{i}")).exists():
+            statistics.save(path, search.layer(i))
+    progress("search scales", config.num_layers, config.num_layers + 1, "layers")
+    if not (path := statistics.scales_path(HEAD)).exists():
+        scale = search.best([(HEAD, None)], search.magnitude(HEAD))
+        statistics.save(path, {f"{HEAD}.input_scales": scale, "norm.weight.output_scales": scale})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    checkpoint: Checkpoint
+    statistics: Statistics
+    bits: int
+    group_size: int
+
+    def layer(self, i: int) -> Scales:
+        """All scales of a layer, by parameter."""
+        config = self.checkpoint.config
+        attention, forward = f"layers.{i}.self_attn", f"layers.{i}.feed_forward"
+        moe = config.layers[i].moe
+        dense = f"{forward}.shared_expert" if moe else forward
+        query, key, value, out = (f"{attention}.{part}_proj.weight" for part in "qkvo")
+        gate, up, down = (f"{dense}.{part}_proj.weight" for part in ("gate", "up", "down"))
+        scales: Scales = {}
+
+        entering = self.best([(query, None), (key, None), (value, None)], self.magnitude(query))
+        scales |= {f"{name}.input_scales": entering for name in (query, key, value)}
+        scales[f"layers.{i}.input_layernorm.weight.output_scales"] = entering
+
+        heads = self.magnitude(out).reshape(config.num_key_value_heads, -1, config.head_dim)
+        tied = np.broadcast_to(heads.mean(axis=1, keepdims=True), heads.shape)
+        leaving = self.best([(out, None)], tied.reshape(-1))
+        scales[f"{out}.input_scales"] = leaving
+        scales[f"{value}.output_scales"] = np.ascontiguousarray(leaving.reshape(heads.shape)[:, 0].reshape(-1))
+
+        gate_up, expert_down = (f"{forward}.experts.{part}_proj" for part in ("gate_up", "down"))
+        experts = range(config.num_local_experts) if moe else range(0)
+        readers: list[Reader] = [(gate, None), (up, None), *((gate_up, e) for e in experts)]
+        entering = self.best(readers, self.magnitude(gate))
+        scales |= {f"{name}.input_scales": entering for name in (gate, up, *((gate_up,) if moe else ()))}
+        scales[f"layers.{i}.post_attention_layernorm.weight.output_scales"] = entering
+
+        middle = self.best([(down, None)], self.magnitude(down))
+        scales |= {f"{down}.input_scales": middle, f"{up}.output_scales": middle}
+        if moe:
+            scales[f"{forward}.router.weight.input_scales"] = entering
+            middles = np.stack([self.best([(expert_down, e)], self.magnitude(expert_down, e)) for e in experts])
+            scales[f"{expert_down}.input_scales"] = middles
+            scales[f"{gate_up}.output_scales"] = np.concatenate([np.ones_like(middles), middles], axis=1)
+        return scales
+
+    def magnitude(self, name: str, expert: int | None = None) -> NDArray[np.float64]:
+        """Mean |x| of a matrix's inputs; nothing is known of those that too few tokens reached."""
+        seen = self.statistics.inputs(input_site(name), expert)
+        tokens = seen["tokens"].item()
+        known = seen["magnitude"].astype(np.float64) / max(tokens, 1)
+        return known if tokens >= MIN_TOKENS else np.zeros_like(known)
+
+    def best(self, readers: Sequence[Reader], magnitude: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The scales of least error of all readers together."""
+        if not magnitude.any():
+            return np.ones(len(magnitude), np.float32)
+        losses = np.zeros(len(ALPHAS))
+        for name, expert in readers:
+            blocks = self.statistics.inputs(input_site(name), expert)["blocks"]
+            for weight in self._matrix(name, expert):
+                losses += alpha_losses(weight, magnitude, blocks, bits=self.bits, group_size=self.group_size)
+        return input_scales(magnitude, ALPHAS[int(losses.argmin())])
+
+    def _matrix(self, name: str, expert: int | None) -> Iterator[NDArray[np.float32]]:
+        """A matrix [outputs, inputs], some of its rows at a time."""
+        piece = pieces_of(self.checkpoint, name)[expert or 0]
+        outputs, inputs = piece.shape
+        rows = max(1, JOB_ELEMENTS // inputs)
+        for start in range(0, outputs, rows):
+            yield self.checkpoint.read(dataclasses.replace(piece, rows=(start, min(start + rows, outputs))))
