@@ -10,27 +10,35 @@ import click
 from corral.cli.formats import count, size
 from corral.cli.tables import Table, print_json, print_table
 from corral.spec.bundle import Bundle
-from corral.spec.manifest import Manifest
+from corral.spec.manifest import CoverageRecord, Manifest
 
 # What to do with a bundle at a stage.
 NEXT = {
     "exported": "corral quantize {path} -o OUT --weights int4",
     "quantized": "corral lower {path} -o OUT",
+    "lowered": "corral build {path} --gpu rtx4090",
     "ready": 'corral run {path} "Once upon a time"',
 }
 SHOWN_FALLBACKS = 8
+NEXT_WITH_ENGINE = "corral inspect {path} --engine"
 NEXT_WITHOUT_TOKENIZER = "corral validate CHECKPOINT {path} --token-ids FILE"
 
 
 def coverage_table(manifest: Manifest) -> Table:
     """How each kind of weight is stored."""
     rows = [
-        (record.kind, record.stored, f"{record.matrices:,}", count(record.parameters), size(record.bytes))
+        (record.kind, _stored(record), f"{record.matrices:,}", count(record.parameters), size(record.bytes))
         for record in manifest.coverage
     ]
     parameters, stored = sum(r.parameters for r in manifest.coverage), sum(r.bytes for r in manifest.coverage)
     total = ("total", "", f"{sum(r.matrices for r in manifest.coverage):,}", count(parameters), size(stored))
     return Table(columns=("weights", "stored as", "matrices>", "parameters>", "size>"), rows=[*rows, total])
+
+
+def _stored(record: CoverageRecord) -> str:
+    if not record.published:
+        return record.stored
+    return f"{record.stored}, " + ("as published" if record.stored == record.published else f"from {record.published}")
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:
@@ -41,6 +49,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
         "stage": manifest.stage,
         "bytes": manifest.bytes,
         "recipe": manifest.recipe.to_json(),
+        "engines": [dataclasses.asdict(engine) for engine in manifest.engines],
         "coverage": [dataclasses.asdict(record) for record in manifest.coverage],
         "calibration": dataclasses.asdict(manifest.calibration) if manifest.calibration else None,
     }
@@ -65,6 +74,8 @@ def calibration_lines(manifest: Manifest) -> list[str]:
 def next_command(bundle: Bundle) -> str:
     """The command that a person with this bundle most likely wants next."""
     manifest = bundle.manifest
+    if manifest.engines:
+        return NEXT_WITH_ENGINE.format(path=bundle.directory)
     without = manifest.stage == "ready" and manifest.tokenizer is None
     return (NEXT_WITHOUT_TOKENIZER if without else NEXT[manifest.stage]).format(path=bundle.directory)
 
@@ -78,7 +89,9 @@ def show_written(bundle: Bundle, *, as_json: bool) -> None:
     what = {
         "exported": "graph and plan, no weights yet",
         "quantized": f"graph and plan for {recipe.weights}, no weights yet",
-        "ready": f"{recipe.weights} for target {recipe.target}",
+        "lowered": f"{recipe.weights} for target {recipe.target}, no engine yet",
+        "ready": f"{recipe.weights} for target {recipe.target}"
+        + "".join(f", engine for {', '.join(engine.capabilities)}" for engine in bundle.manifest.engines),
     }[bundle.manifest.stage]
     print_table(coverage_table(bundle.manifest))
     for line in calibration_lines(bundle.manifest):

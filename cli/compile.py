@@ -14,6 +14,7 @@ from corral.cli.options import (
     json_option,
     layers_option,
     part_of,
+    ray_option,
     recipe_options,
 )
 from corral.spec.errors import InputError
@@ -25,6 +26,7 @@ from corral.spec.errors import InputError
 @recipe_options
 @layers_option
 @jobs_option
+@ray_option
 @click.option("--discard", is_flag=True, help="Write nothing: compute every weight and print digests.")
 @fresh_option
 @json_option
@@ -34,16 +36,17 @@ def command(
     recipe_file: Path | None,
     layers: str | None,
     jobs: int | None,
+    ray: str | None,
     discard: bool,
     fresh: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile a CHECKPOINT directory (config.json, *.safetensors) into a bundle that runs without it."""
+    """Compile a CHECKPOINT, a directory or OWNER/NAME on the Hub, into a bundle that runs without it."""
     if discard == (out is not None):  # a directory that is named and then not written would be looked for
         got = "both" if discard else "neither"
         raise InputError(f"expected -o OUT, or --discard to write nothing; got {got}. Run `corral compile --help`.")
-    recipe = chosen_recipe(recipe_file, options)
+    recipe, checkpoint = chosen_recipe(recipe_file, options), part_of(checkpoint, layers)
     from corral.cli.bundle_view import show_written
     from corral.cli.progress import show_progress
     from corral.cli.rehearsal_view import show_rehearsal
@@ -53,9 +56,9 @@ def command(
         from corral.graphs import compile, rehearse
 
         if out is None:
-            rehearsal = rehearse(part_of(checkpoint, layers), recipe, jobs=jobs, progress=progress)
+            rehearsal = rehearse(checkpoint, recipe, jobs=jobs, ray=ray, progress=progress)
         else:
-            bundle = compile(part_of(checkpoint, layers), out, recipe, fresh=fresh, jobs=jobs, progress=progress)
+            bundle = compile(checkpoint, out, recipe, fresh=fresh, jobs=jobs, ray=ray, progress=progress)
     if out is None:
         show_rehearsal(rehearsal, as_json=as_json)
     else:

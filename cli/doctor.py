@@ -60,6 +60,7 @@ def _show(machine: Machine) -> None:
     from corral.cli.formats import UNKNOWN, size
     from corral.cli.machine import CPU_FEATURES, compile_targets
     from corral.cli.tables import Table, print_table
+    from corral.spec.target import TARGETS
 
     total, free = machine.memory_bytes, machine.memory_free_bytes
     features = "; ".join(f"{name} ({CPU_FEATURES[name]})" for name in machine.cpu_features)
@@ -85,6 +86,16 @@ def _show(machine: Machine) -> None:
     ]
     click.echo()
     print_table(Table(columns=("package", "installed", "at least", "ok", "needed for"), rows=rows))
-    targets = [(name, words[can["compile"]], words[can["run"]]) for name, can in compile_targets(machine).items()]
+    targets = [
+        (
+            name,
+            words[can["compile"]],
+            words[can["build"]] if TARGETS[name].engine else UNKNOWN,
+            ", ".join(TARGETS[name].capabilities) or UNKNOWN,
+            words[can["run"]],
+        )
+        for name, can in compile_targets(machine).items()
+    ]
     click.echo()
-    print_table(Table(columns=("target", "compiles here", "runs here"), rows=targets))
+    columns = ("target", "compiles here", "builds engines here", "for compute capability", "runs here")
+    print_table(Table(columns=columns, rows=targets))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     help="Where each stored tensor came from; NAME (or a pattern with *) picks some.",
 )
 @click.option("--graph", "views", flag_value="graph", help="Which operators the graph is made of (needs onnx).")
+@click.option("--engine", "views", flag_value="engine", help="What is inside its engines: kernels, weights, memory.")
 @click.option("--verify", is_flag=True, help="Hash every file first.")
 @json_option
 def command(bundle: Path, name: str | None, views: str | None, verify: bool, as_json: bool) -> None:
-    """Show what a BUNDLE is."""
+    """Show what a BUNDLE is, or the inside of one .engine file of it."""
     from corral.cli.progress import show_progress
     from corral.cli.tables import print_json
     from corral.spec.bundle import open_bundle
     from corral.spec.errors import InputError
 
-    if name is not None and views != "plan":
+    if bundle.suffix == ".engine":
+        bundle, name, views = bundle.parent, bundle.name, "engine"
+    elif name is not None and views != "plan":
         raise InputError(f'NAME ("{name}") belongs to --plan. Run `corral inspect {bundle} --plan "{name}"`.')
     with show_progress() as progress:
         opened = open_bundle(bundle, verify=verify, progress=progress)
@@ -55,7 +58,7 @@ View = tuple[Any, Callable[[], None]]
 
 def _summary(bundle: Bundle, _: str | None) -> View:
     from corral.cli.bundle_view import calibration_lines, coverage_table, next_command, summary
-    from corral.cli.formats import size
+    from corral.cli.formats import counted, size
     from corral.cli.tables import print_table
 
     manifest, model = bundle.manifest, bundle.manifest.model
@@ -63,19 +66,26 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     nope = sum(not layer.rope for layer in model.layers)
     rows = {
         "stage": manifest.stage,
-        "model": f"{model.num_layers} layers ({model.num_layers - nope} rope, {nope} nope), {experts}"
+        "model": f"{counted(model.num_layers, 'layer')} ({model.num_layers - nope} rope, {nope} nope), {experts}"
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size:,}",
-        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items()),
-        "size": f"{size(manifest.bytes)} in {len(manifest.files)} files",
+        "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items() if value),
+        "stages": "; ".join(
+            f"layers {graph.first_layer}-{graph.end_layer - 1} in {graph.path}" for graph in manifest.graphs
+        ),
+        "engines": "; ".join(
+            f"{engine.path} for {', '.join(engine.capabilities)} by {engine.built_with}" for engine in manifest.engines
+        )
+        or "none",
+        "size": f"{size(manifest.bytes)} in {counted(len(manifest.files), 'file')}",
         "KV cache": "; ".join(
-            f"{kv.kv_class}: {len(kv.layers)} layers, {size(kv.bytes(1))} a token"
+            f"{kv.kv_class}: {counted(len(kv.layers), 'layer')}, {size(kv.row_bytes())} a token"
             + (f" up to {kv.chunk:,} tokens" if kv.chunk else "")
             for kv in manifest.kv
         ),
         "tokenizer": manifest.tokenizer or "none: token ids only",
         "chat": manifest.chat_template or "no chat template",
         "needs": ", ".join(f"{package} {least} or newer" for package, least in manifest.requires.items()),
-        "made by": f"corral {manifest.corral} from {manifest.source.get('name', 'an unnamed checkpoint')}",
+        "made by": f"corral {manifest.corral} from {_origin(manifest.source)}",
     }
 
     def show() -> None:
@@ -91,6 +101,12 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     more = {"model": model.to_json(), "kv": [dataclasses.asdict(kv) for kv in manifest.kv]}
     rest = {"tokenizer": manifest.tokenizer, "requires": manifest.requires, "source": manifest.source}
     return {**summary(bundle), **more, **rest, "corral": manifest.corral, "format": manifest.format}, show
+
+
+def _origin(source: Mapping[str, str]) -> str:
+    """The checkpoint's name, and of one from the Hub its commit."""
+    name = source.get("name", "an unnamed checkpoint")
+    return f"{name}@{source['revision']}" if "revision" in source else name
 
 
 def _coverage(bundle: Bundle, _: str | None) -> View:
@@ -122,10 +138,17 @@ def _graph(bundle: Bundle, _: str | None) -> View:
     return graph_view(bundle)
 
 
+def _engine(bundle: Bundle, name: str | None) -> View:
+    from corral.cli.engine_view import engine_view
+
+    return engine_view(bundle, name)
+
+
 VIEWS: dict[str, Callable[[Bundle, str | None], View]] = {
     "summary": _summary,
     "coverage": _coverage,
     "files": _files,
     "plan": _plan,
     "graph": _graph,
+    "engine": _engine,
 }

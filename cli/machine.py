@@ -62,6 +62,8 @@ class Machine:
 
     def can_run(self, target: Target) -> bool:
         versions = {package.name: package.installed for package in self.packages}
+        if target.engine:
+            return False  # this version of corral builds engines and does not run them
         enough = all((found := versions.get(n)) and release(found) >= release(v) for n, v in target.requires)
         return enough and self.has("corral") and not self.conflicts
 
@@ -96,8 +98,25 @@ def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
 
 
 def compile_targets(machine: Machine) -> dict[str, Mapping[str, bool]]:
-    """Target -> whether it can be compiled here, and whether its bundles run here."""
-    return {name: {"compile": machine.can_compile, "run": machine.can_run(t)} for name, t in TARGETS.items()}
+    """Target -> whether it can be compiled here, its engines (if it has any) built here, and its bundles run here."""
+    return {
+        name: {
+            "compile": machine.can_compile,
+            "build": machine.can_compile and t.engine is not None and _can_build(t.engine),
+            "run": machine.can_run(t),
+        }
+        for name, t in TARGETS.items()
+    }
+
+
+def _can_build(engine: str) -> bool:
+    from corral.graphs.engine.tensorrt_module import check_installed
+    from corral.spec.errors import EnvironmentProblem
+
+    try:
+        return check_installed(engine).named_capabilities  # the other module needs the GPU that it builds for
+    except EnvironmentProblem:
+        return False
 
 
 def _packages() -> tuple[Package, ...]:
@@ -109,7 +128,7 @@ def _packages() -> tuple[Package, ...]:
     packages = []
     for line in lines:
         match = REQUIREMENT.match(line)
-        if match and match["extra"] in (None, "compile"):
+        if match and match["extra"] in (None, "compile", "ray"):
             packages.append(
                 Package(
                     name=match["name"],

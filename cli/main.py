@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "quantize",
     "lower",
+    "build",
     "completion",
 )
 

@@ -22,6 +22,7 @@ layers_option = click.option(
 )
 fresh_option = click.option("--fresh", is_flag=True, help="Start over: replace what OUT holds of corral's.")
 jobs_option = click.option("--jobs", type=int, help="Processes that compute weights.  [default: as many as pay off]")
+ray_option = click.option("--ray", metavar="HOST:PORT", help="Compute weights on this Ray cluster, not here.")
 provider_option = click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime execution provider.")
 threads_option = click.option("--threads", type=int, help="CPU threads.  [default: one a physical core]")
 
@@ -40,6 +41,10 @@ RECIPE_HELP = {
     "calibration_tokens": "Tokens of that text that are used, at most.",
     "stages": "Ranges of layers, each with a graph and weight shards of its own.",
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",
+    "requantize": "Quantize weights again that CHECKPOINT stores quantized in another way.",
+    "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
+    "max_context": "Of engines: tokens of a sequence.",
+    "max_batch": "Of engines: sequences that decode together.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
 }
 
@@ -47,12 +52,15 @@ RECIPE_HELP = {
 def recipe_options(command: F) -> F:
     """`--recipe FILE`, and an option for each key of a recipe; `chosen_recipe` reads them."""
     for field in reversed(dataclasses.fields(Recipe)):
+        flag = isinstance(field.default, bool)
         command = click.option(
             f"--{field.name.replace('_', '-')}",
             field.name,
             # Not click.Choice: a wrong value gets the answer that it gets in Python and in a recipe file.
             type=type(field.default),
-            help=f"{RECIPE_HELP[field.name]}  [default: {field.default}]",
+            is_flag=flag,
+            default=None,  # so that a recipe file has its say
+            help=RECIPE_HELP[field.name] + ("" if flag else f"  [default: {field.default or 'none'}]"),
         )(command)
     return click.option(
         "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with these options as keys."

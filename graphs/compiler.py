@@ -6,6 +6,8 @@ from pathlib import Path
 
 from corral.exporter.export import export
 from corral.graphs.calibrate.calibrate import calibration_key
+from corral.graphs.engine.engines import build_engines
+from corral.graphs.engine.tensorrt_module import check_installed
 from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import check_out
@@ -16,6 +18,7 @@ from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.bundle import Bundle
 from corral.spec.progress import Progress, silent
 from corral.spec.recipe import Recipe
+from corral.spec.target import target_named
 
 
 def compile(
@@ -25,18 +28,25 @@ def compile(
     *,
     fresh: bool = False,
     jobs: int | None = None,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Compile a checkpoint directory into a bundle at `out`; `fresh` replaces a bundle that is there.
 
-    `jobs` processes compute the weights (None: as many as pay off here). Killed at any moment, the same call goes on.
+    `jobs` processes compute the weights (None: as many as pay off), here or on the Ray cluster at `ray` (HOST:PORT).
+    Killed at any moment, the same call goes on.
+    Where the recipe names a GPU, its engines are built, too (`corral.graphs.engine.engines`).
     Raises InputError for a bad checkpoint, recipe or output directory, EnvironmentProblem where the disk is too small.
     """
-    how = Execution(jobs=jobs)
+    how = Execution(jobs=jobs, ray=ray)
+    engine = target_named(recipe.target).engine
+    if engine and recipe.capabilities:
+        check_installed(engine)  # before hours of work, not after
     check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
-    source = open_checkpoint(Path(checkpoint))
+    source = open_checkpoint(Path(checkpoint), progress=progress)
     work = lower(source, recipe, progress=progress)
-    return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
+    bundle = write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
+    return build_engines(out, progress=progress) if engine and recipe.capabilities else bundle
 
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:

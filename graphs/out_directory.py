@@ -27,7 +27,7 @@ GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE = (
     "chat_template.jinja",
 )
 # What has a number in its name.
-OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx|statistics-[0-9a-f]{16}-.*|hidden-[0-9a-f]{16}-.*")
+OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx|[\w.-]+\.engine(\.json)?|(statistics|hidden)-[0-9a-f]{16}-.*")
 STATISTICS = re.compile(r"(statistics|hidden)-[0-9a-f]{16}-.*(?<!\.partial)")
 
 
@@ -42,7 +42,7 @@ def check_out(out: Path, *, fresh: bool) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; expected a directory to write the bundle into. Choose another -o.")
-    with _locked(out):
+    with locked(out):
         _check_content(out, fresh=fresh)
 
 
@@ -59,7 +59,7 @@ def bundle_directory(out: Path, *, key: str, what: str, jobs: int, fresh: bool) 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{out} cannot be made: {error}.") from error
-    with _locked(out):
+    with locked(out):
         _check_content(out, fresh=fresh)
         if fresh:
             _remove_files(out)
@@ -77,6 +77,7 @@ def bundle_directory(out: Path, *, key: str, what: str, jobs: int, fresh: bool) 
                     out.rmdir()
                 raise _explained(out, error, None) from error
             raise _explained(out, error, journal) from error
+        (out / (JOURNAL_NAME + PARTIAL)).unlink(missing_ok=True)
         journal.path.unlink()
 
 
@@ -93,7 +94,7 @@ def _check_content(out: Path, *, fresh: bool) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the directory's lock, which ends with the process that has it, even with `kill -9`."""
     directory = os.open(out, os.O_RDONLY)
     try:
@@ -108,6 +109,17 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(directory)
+
+
+def write_file(out: Path, name: str, data: bytes) -> str:
+    """Write a small file under a temporary name, synced and renamed; returns its name."""
+    path = out / (name + PARTIAL)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, out / name)
+    return name
 
 
 def _remove_files(out: Path) -> None:
@@ -127,8 +139,11 @@ def _explained(out: Path, error: BaseException, journal: Journal | None) -> Base
     """The error as the user should meet it; `journal` is given where the same command goes on."""
     if isinstance(error, KeyboardInterrupt) and journal is not None:
         return KeyboardInterrupt(f"stopped after {journal}; the same command goes on from here.")
+    kept = f" {journal} are finished, and the same command goes on." if journal is not None else ""
+    if isinstance(error, EnvironmentProblem):
+        return EnvironmentProblem(f"{error}{kept}")
     if isinstance(error, OSError) and not isinstance(error, CorralError):
-        return _disk_problem(out, error, f" {journal} are finished, and the same command goes on." if journal else "")
+        return _disk_problem(out, error, kept)
     return error
 
 

@@ -9,6 +9,11 @@ from corral.graphs.lower.onnxruntime.attention import lower_attention
 from corral.graphs.lower.onnxruntime.matmul import lower_matmul
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_matmul
 from corral.graphs.lower.onnxruntime.moe import lower_moe
+from corral.graphs.lower.tensorrt import attention as tensorrt_attention
+from corral.graphs.lower.tensorrt import moe as tensorrt_moe
+from corral.graphs.lower.tensorrt.capacity import fix_capacity
+from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
+from corral.graphs.lower.tensorrt.precision import lower_precision
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
 from corral.graphs.passes.clean_up import clean_up
 from corral.graphs.passes.fold_weight_transposes import fold_weight_transposes
@@ -29,11 +34,26 @@ class Phase:
 
 SIMPLIFY = Phase("simplify", (clean_up, fold_weight_transposes, fuse_rms_norm_weight, clean_up))
 QUANTIZE = Phase("quantize", (quantize_weights,))
+TENSORRT = Phase(
+    "lower",
+    (
+        fix_capacity,
+        tensorrt_attention.lower_attention,
+        tensorrt_moe.lower_moe,
+        gather_logit_rows,
+        clean_up,
+        lower_precision,
+        clean_up,
+        name_nodes,
+    ),
+)
 LOWER: dict[str, Phase] = {
     "portable": Phase(
         "lower", (clean_up, name_nodes)
     ),  # the fallback bodies and DequantizeLinear are standard ONNX already
     "cpu": Phase("lower", (lower_attention, lower_moe, lower_matmul, merge_matmul, clean_up, name_nodes)),
+    "tensorrt-rtx": TENSORRT,
+    "tensorrt": TENSORRT,
 }
 
 

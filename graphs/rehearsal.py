@@ -8,25 +8,24 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from corral.graphs.calibrate.calibrate import calibrate
 from corral.graphs.compiler import lower
 from corral.graphs.execute.execute import run_jobs
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import RunJob
-from corral.graphs.execute.job import Job, ReadStatistics, plan_jobs
+from corral.graphs.execute.job import Job, ReadPiece, ReadStatistics, plan_jobs
 from corral.graphs.execute.shards import shard_name
+from corral.graphs.quantize.methods import METHODS
 from corral.graphs.split_stages import place_weights, split_stages
 from corral.model.checkpoint.open import open_checkpoint
+from corral.spec.errors import InputError
 from corral.spec.progress import Progress, silent
 from corral.spec.recipe import Recipe
-from corral.spec.weight_plan import Placement, Source, WeightPlan
+from corral.spec.weight_plan import Placement, WeightPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +51,37 @@ class Rehearsal:
 
 
 def rehearse(
-    checkpoint: str | Path, recipe: Recipe, *, jobs: int | None = None, progress: Progress = silent
+    checkpoint: str | Path,
+    recipe: Recipe,
+    *,
+    jobs: int | None = None,
+    ray: str | None = None,
+    progress: Progress = silent,
 ) -> Rehearsal:
     """Do all that `compile` does except writing, and return digests. Needs its time and memory, and no disk space but
     for a calibration's statistics, which lie in the temporary directory meanwhile.
 
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
-    how = Execution(jobs=jobs)
-    source = open_checkpoint(Path(checkpoint))
+    if ray is not None and METHODS[recipe.method].calibrated:
+        raise InputError(
+            f"a rehearsal keeps what --method {recipe.method} learns of its text in this machine's temporary directory, which "
+            "a Ray cluster does not see. Rehearse without --ray, or compile with -o on the file system that all share."
+        )
+    how = Execution(jobs=jobs, ray=ray)
+    source = open_checkpoint(Path(checkpoint), progress=progress)
     work = lower(source, recipe, progress=progress)
     placements = place_weights(work, split_stages(work))
     with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
         calibration = calibrate(work, source, Path(scratch), progress)
         known = calibration.statistics.of if calibration else None
-        return rehearse_plan(work.plan, placements, source.read, how, progress, known)
+        return rehearse_plan(work.plan, placements, source.read_piece, how, progress, known)
 
 
 def rehearse_plan(
     plan: WeightPlan,
     placements: Mapping[str, Placement],
-    read: Callable[[Source], NDArray[np.float32]],
+    read: ReadPiece,
     how: Execution,
     progress: Progress = silent,
     read_statistics: ReadStatistics | None = None,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from corral.graphs.execute.execute import execute
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.job import plan_jobs
 from corral.graphs.execute.journal import compile_key
-from corral.graphs.execute.shards import PARTIAL, Shards, shard_name, shard_sizes
+from corral.graphs.execute.shards import Shards, shard_name, shard_sizes
 from corral.graphs.graph_file import graph_bytes
 from corral.graphs.hash_files import hash_files
 from corral.graphs.model_and_plan import ModelAndPlan
@@ -28,13 +27,14 @@ from corral.graphs.out_directory import (
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     bundle_directory,
+    write_file,
 )
 from corral.graphs.split_stages import place_weights, split_stages, whole_graph
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.identity import checkpoint_identity
 from corral.spec.bundle import Bundle, remember_verified
 from corral.spec.errors import EnvironmentProblem
-from corral.spec.kv_layout import kv_layouts
+from corral.spec.kv_layout import stored_kv_layouts
 from corral.spec.machine import usable_cores
 from corral.spec.manifest import (
     FORMAT_MAJOR,
@@ -74,20 +74,20 @@ def write_bundle(
         _check_disk_space(shards)
         calibration = calibrate(work, checkpoint, out, progress) if stage == "ready" else None
         known = calibration.statistics.of if calibration else None
-        names = execute(jobs, shards, checkpoint.read, journal, how, progress, known)
+        names = execute(jobs, shards, checkpoint.read_piece, journal, how, progress, known)
         for graph in graphs:
-            names.append(_write(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
-        names.append(_write(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
-        tokenizer, template = checkpoint.tokenizer_path, checkpoint.chat_template()
+            names.append(write_file(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
+        names.append(write_file(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
+        tokenizer, template = checkpoint.tokenizer(), checkpoint.chat_template()
         if tokenizer is not None:
-            names.append(_write(out, TOKENIZER_FILE, tokenizer.read_bytes()))
+            names.append(write_file(out, TOKENIZER_FILE, tokenizer))
         if template is not None:
-            names.append(_write(out, TEMPLATE_FILE, template.encode()))
+            names.append(write_file(out, TEMPLATE_FILE, template.encode()))
         embedding, place = work.plan.entries[EMBEDDING_ENTRY], placements[EMBEDDING_ENTRY]
         manifest = Manifest(
             format=f"{FORMAT_MAJOR}.{FORMAT_MINOR}",
             corral=version("corral"),
-            stage=stage,
+            stage="lowered" if stage == "ready" and target_named(work.recipe.target).engine else stage,
             model=dataclasses.replace(work.config, eos_token_ids=checkpoint.eos_token_ids),
             recipe=work.recipe,
             requires=dict(target_named(work.recipe.target).requires),
@@ -95,7 +95,7 @@ def write_bundle(
             graphs=tuple(
                 GraphRecord(path=graph.path, first_layer=graph.layers[0], end_layer=graph.layers[1]) for graph in graphs
             ),
-            kv=kv_layouts(work.config),
+            kv=stored_kv_layouts(work.config, work.recipe),
             embedding=TensorRecord(
                 path=shard_name(place.shard), dtype=embedding.dtype, shape=embedding.shape, offset=place.offset
             )
@@ -110,7 +110,7 @@ def write_bundle(
         )
         if calibration:
             calibration.statistics.remove()
-        _write(out, MANIFEST_NAME, manifest.dumps().encode())
+        write_file(out, MANIFEST_NAME, manifest.dumps().encode())
     bundle = Bundle(out, manifest)
     remember_verified(bundle)
     return bundle
@@ -118,8 +118,8 @@ def write_bundle(
 
 def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:
     recipe = work.recipe.to_json()
-    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items())
-    return f"{Path(checkpoint.location).name} ({words})"
+    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value is not False)
+    return f"{checkpoint.name} ({words})"
 
 
 def _check_disk_space(shards: Shards) -> None:
@@ -131,17 +131,9 @@ def _check_disk_space(shards: Shards) -> None:
         )
 
 
-def _write(out: Path, name: str, data: bytes) -> str:
-    path = out / (name + PARTIAL)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path, out / name)
-    return name
-
-
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:
     """Which checkpoint this came from. An unfinished stage must find it again; a finished bundle is free of paths."""
-    source = {"name": Path(checkpoint.location).name, "config_sha256": checkpoint.config_sha256}
+    source = {"name": checkpoint.name, "config_sha256": checkpoint.config_sha256}
+    if checkpoint.hub is not None and checkpoint.hub.revision is not None:
+        source["revision"] = checkpoint.hub.revision
     return source if stage == "ready" else {**source, "checkpoint": checkpoint.location}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from corral.runtime.session import CacheView, Float32, Int64
+from corral.runtime.session import Cache, CacheView, Int64
 from corral.spec.errors import EnvironmentProblem
 from corral.spec.kv_layout import KvLayout
 from corral.spec.model_config import KvClass
@@ -44,8 +44,8 @@ class KvCache:
         """Forget every sequence and free the memory."""
         self._slots = 0
         self._rows = {layout.kv_class: 0 for layout in self._layouts}
-        self._keys: list[Float32] = []
-        self._values: list[Float32] = []
+        self._keys: list[Cache] = []
+        self._values: list[Cache] = []
         self._views: dict[tuple[int, int], CacheView] = {}
 
     def reserve(self, slots: int, tokens: int) -> None:
@@ -102,7 +102,7 @@ class KvCache:
             return now
         return min(max(needed, 2 * now, FIRST_ROWS), layout.capacity(self._max_context))
 
-    def _enlarge(self, arrays: list[Float32], slots: int, rows: dict[KvClass, int]) -> list[Float32]:
+    def _enlarge(self, arrays: list[Cache], slots: int, rows: dict[KvClass, int]) -> list[Cache]:
         grown = []
         for layer in range(len(self._layout_of)):
             layout = self._layout_of[layer]
@@ -111,7 +111,7 @@ class KvCache:
                 grown.append(arrays[layer])
                 continue
             # Zeros, because rows past the filled ones must be finite; the system hands them out lazily.
-            array = np.zeros(shape, dtype=np.float32)
+            array: Cache = np.zeros(shape, dtype=layout.dtype)
             if arrays:
                 old = arrays[layer]
                 array[: old.shape[0], :, : old.shape[2]] = old

@@ -30,7 +30,11 @@ Prompt = str | TokenIds
 DEFAULT_CONTEXT = 131072
 
 
-NEXT_STAGE = {"exported": "Run `corral quantize`, then `corral lower`", "quantized": "Run `corral lower` on it"}
+NEXT_STAGE = {
+    "exported": "Run `corral quantize`, then `corral lower`",
+    "quantized": "Run `corral lower` on it",
+    "lowered": "Run `corral build` on it",
+}
 
 
 class LLM:
@@ -52,6 +56,11 @@ class LLM:
             raise InputError(
                 f'{bundle.directory} is at stage "{bundle.manifest.stage}", expected "ready": it cannot run yet. '
                 f"{NEXT_STAGE[bundle.manifest.stage]}, or `corral compile` on the checkpoint."
+            )
+        if bundle.manifest.engines and session is None:
+            raise InputError(
+                f"{bundle.directory} holds engines for target {bundle.manifest.recipe.target}; this version of corral "
+                "builds and inspects engines and does not run them yet. Compile the checkpoint with --target cpu to run it."
             )
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise InputError(f"max_batch is {max_batch!r}, expected a whole number of at least 1.")

@@ -91,6 +91,9 @@ class OnnxRuntimeGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         # Otherwise one stage's threads go on spinning while the next one's work.
         options.add_session_config_entry("session.force_spinning_stop", "0" if self._first and self._last else "1")
+        # Where a graph dequantizes weights itself (`portable`), its products stay in float32: by default ONNX Runtime
+        # would round the activations to int8. Where they are to be rounded, the graph's own operators say so.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # which would keep the largest scratch of each stage

@@ -50,18 +50,15 @@ class OnnxRuntimeSession:
 
 
 def _check_stages(bundle: Bundle) -> None:
-    graphs, end = bundle.manifest.graphs, 0
-    for graph in graphs:
-        if graph.first_layer != end or graph.end_layer <= end:
-            break
-        end = graph.end_layer
-    else:
-        if end == bundle.manifest.model.num_layers:
-            return
+    graphs, layers = bundle.manifest.graphs, bundle.manifest.model.num_layers
+    edges = [0, *(graph.end_layer for graph in graphs)]
+    follow = [graph.first_layer for graph in graphs] == edges[:-1] and edges == sorted(set(edges))
+    if follow and edges[-1] == layers:
+        return
     ranges = ", ".join(f"{graph.first_layer}-{graph.end_layer}" for graph in graphs) or "none"
     raise InputError(
         f"{bundle.directory} has graphs for layers {ranges}; expected ranges that follow each other from 0 to "
-        f"{bundle.manifest.model.num_layers}. Compile the checkpoint again."
+        f"{layers}. Compile the checkpoint again."
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from corral.spec.model_config import KvClass
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+Cache = NDArray[np.floating[Any]]  # of the type that the manifest's KV class names
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +27,8 @@ class CacheView:
     The same object means the same memory, so that a session may keep what it bound.
     """
 
-    keys: tuple[Float32, ...]
-    values: tuple[Float32, ...]
+    keys: tuple[Cache, ...]
+    values: tuple[Cache, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ class Estimate:
             "kv_by_class": self.kv,
             "activation_bytes": self.activations,
             "vram_bytes": self.vram_bytes,
-            "compile_peak_bytes": compile_peak_bytes(self.config, usable_cores()),
+            "compile_peak_bytes": compile_peak_bytes(usable_cores()),
             "gpu": self.gpu.name,
             "fits": self.fits,
             "gpus_needed": self.gpus,
@@ -139,14 +139,12 @@ def estimate(config: ModelConfig, serving: Serving, gpu: Gpu) -> Estimate:
     )
 
 
-def compile_peak_bytes(config: ModelConfig, processes: int) -> int:
+def compile_peak_bytes(processes: int) -> int:
     """Memory of a compile with so many processes: theirs and the parent's, each of theirs with one largest job.
 
-    An expert's gate and up matrix is one job, whatever its size; everything else is cut to JOB_ELEMENTS.
+    It does not depend on the model: every matrix, an expert's too, is cut to jobs of JOB_ELEMENTS.
     """
-    expert = 2 * config.intermediate_size * config.hidden_size if any(layer.moe for layer in config.layers) else 0
-    largest = max(expert, JOB_ELEMENTS)
-    return PROCESS_BYTES + processes * (PROCESS_BYTES + largest * JOB_BYTES_PER_ELEMENT)
+    return PROCESS_BYTES + processes * (PROCESS_BYTES + JOB_ELEMENTS * JOB_BYTES_PER_ELEMENT)
 
 
 def _stored(counts: Counter[str], serving: Serving) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """GPUs one may serve on: memory as the driver reports it, bandwidth and compute capability as NVIDIA's data sheets say.
 
-Sources: the data sheets "H100", "H200", "A100 80GB", "L4", "L40S", "HGX B200", "GeForce RTX 4090", "GeForce RTX 5090";
+Sources: the data sheets "H100", "H200", "A100 80GB", "L4", "L40S", "A10", "T4", "HGX B200",
+"GeForce RTX 3090", "GeForce RTX 4090", "GeForce RTX 5090";
 MiB as `nvidia-smi` shows them with ECC on where the card has it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from corral.spec.errors import InputError
@@ -33,8 +35,11 @@ GPUS = {
         Gpu(name="b200", title="B200 180 GB", memory_bytes=183359 * MIB, bandwidth=7.7e12, capability="10.0"),
         Gpu(name="a100", title="A100 80 GB", memory_bytes=81920 * MIB, bandwidth=2.039e12, capability="8.0"),
         Gpu(name="a100-40", title="A100 40 GB", memory_bytes=40960 * MIB, bandwidth=1.555e12, capability="8.0"),
+        Gpu(name="a10", title="A10 24 GB", memory_bytes=23028 * MIB, bandwidth=0.6e12, capability="8.6"),
+        Gpu(name="t4", title="T4 16 GB", memory_bytes=15360 * MIB, bandwidth=0.32e12, capability="7.5"),
         Gpu(name="l40s", title="L40S 48 GB", memory_bytes=46068 * MIB, bandwidth=0.864e12, capability="8.9"),
         Gpu(name="l4", title="L4 24 GB", memory_bytes=23034 * MIB, bandwidth=0.3e12, capability="8.9"),
+        Gpu(name="rtx3090", title="RTX 3090 24 GB", memory_bytes=24576 * MIB, bandwidth=0.936e12, capability="8.6"),
         Gpu(name="rtx4090", title="RTX 4090 24 GB", memory_bytes=24564 * MIB, bandwidth=1.008e12, capability="8.9"),
         Gpu(name="rtx5090", title="RTX 5090 32 GB", memory_bytes=32607 * MIB, bandwidth=1.792e12, capability="12.0"),
         Gpu(
@@ -54,3 +59,14 @@ def gpu_named(name: str) -> Gpu:
     if name.lower() not in GPUS:
         raise InputError(f'GPU "{name[:80]}" is not known; expected one of {", ".join(GPUS)}.')
     return GPUS[name.lower()]
+
+
+def capability_of(gpu: str) -> str:
+    """The compute capability that `gpu` names, by a GPU's name or itself ("rtx4090", "8.9"). Raises InputError."""
+    if re.fullmatch(r"\d{1,2}\.\d", gpu):
+        return gpu
+    if gpu.lower() not in GPUS:
+        raise InputError(
+            f'gpu "{gpu[:80]}" is not known; expected a compute capability such as 8.9, or one of {", ".join(GPUS)}.'
+        )
+    return GPUS[gpu.lower()].capability

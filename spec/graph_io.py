@@ -6,14 +6,16 @@
 | `positions`              | int64   | [batch, tokens]               | absolute position of each new token                 |
 | `logit_rows`             | int64   | [batch, rows]                 | which of the new tokens to compute logits for       |
 | `past_length.<kv class>` | int64   | [batch]                       | rows of that class's caches that are already filled |
-| `past_key.<layer>`       | float32 | [batch, kv heads, capacity, head dim] | cache of fixed capacity                     |
-| `past_value.<layer>`     | float32 | [batch, kv heads, capacity, head dim] |                                             |
+| `past_key.<layer>`       | KV      | [batch, kv heads, capacity, head dim] | cache of fixed capacity                     |
+| `past_value.<layer>`     | KV      | [batch, kv heads, capacity, head dim] |                                             |
 
 | output                   | dtype   | shape                         |                                                     |
 | ------------------------ | ------- | ----------------------------- | --------------------------------------------------- |
 | `logits`                 | float32 | [batch, rows, vocab]          |                                                     |
-| `present_key.<layer>`    | float32 | as `past_key.<layer>`         | the cache with the new rows written; may be bound to the same memory |
-| `present_value.<layer>`  | float32 | as `past_value.<layer>`       |                                                     |
+| `present_key.<layer>`    | KV      | as `past_key.<layer>`         | the cache with the new rows written; may be bound to the same memory |
+| `present_value.<layer>`  | KV      | as `past_value.<layer>`       |                                                     |
+
+KV is the type of the target's caches, `dtype` of the manifest's KV classes: float32, or float16 where it says so.
 
 A decoder may be cut into stages, a graph for each range of layers. A stage has the caches and lengths of its own layers
 only; each but the first takes `hidden` in place of `embeddings`, each but the last yields `next_hidden` in place of
@@ -54,3 +56,8 @@ def present_key(layer: int) -> str:
 
 def present_value(layer: int) -> str:
     return f"present_value.{layer}"
+
+
+def is_cache(name: str) -> bool:
+    """Whether an input or output is a key or value cache."""
+    return name.startswith(("past_key.", "past_value.", "present_key.", "present_value."))

@@ -7,9 +7,13 @@ attention over the rows *is* Llama 4's chunked attention.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from corral.spec.model_config import KvClass, ModelConfig
+from corral.spec.recipe import Recipe
+from corral.spec.target import target_named
+from corral.spec.weight_plan import ITEM_BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +25,31 @@ class KvLayout:
     num_heads: int
     head_dim: int
     chunk: int | None  # tokens; None for the global class
+    dtype: str = "float32"  # of the caches, as the target stores them
+    fixed_rows: int | None = None  # where the graph's caches have a fixed size
 
     def filled_rows(self, position: int) -> int:
         """Cache rows in use before the token at `position` is written."""
         return position % self.chunk if self.chunk else position
 
     def capacity(self, context: int) -> int:
-        """Rows needed so that a sequence of `context` tokens fits."""
+        """Rows a cache needs so that a sequence of `context` tokens fits."""
+        if self.fixed_rows is not None:
+            return self.fixed_rows
         return min(context, self.chunk) if self.chunk else context
 
-    def bytes(self, context: int, itemsize: int = 4) -> int:
+    def row_bytes(self, itemsize: int | None = None) -> int:
+        """Bytes of keys and values of all this class's layers for one row; `itemsize` is that of `dtype` if not given."""
+        itemsize = itemsize or ITEM_BITS[self.dtype] // 8
+        return 2 * len(self.layers) * self.num_heads * self.head_dim * itemsize
+
+    def bytes(self, context: int, itemsize: int | None = None) -> int:
         """Bytes of keys and values of all this class's layers for one sequence of `context` tokens."""
-        return 2 * len(self.layers) * self.num_heads * self.head_dim * self.capacity(context) * itemsize
+        return self.capacity(context) * self.row_bytes(itemsize)
 
 
 def kv_layouts(config: ModelConfig) -> tuple[KvLayout, ...]:
-    """The KV classes a model uses, chunked first."""
+    """The KV classes a model uses, chunked first, with caches of float32 and any number of rows."""
     return tuple(
         KvLayout(
             kv_class=kv_class,
@@ -46,6 +59,19 @@ def kv_layouts(config: ModelConfig) -> tuple[KvLayout, ...]:
             chunk=config.attention_chunk_size if kv_class == "chunked" else None,
         )
         for kv_class in config.kv_classes
+    )
+
+
+def stored_kv_layouts(config: ModelConfig, recipe: Recipe) -> tuple[KvLayout, ...]:
+    """The KV classes as the recipe's target stores them: the type of the caches and, where it fixes them, their rows."""
+    target = target_named(recipe.target)
+    return tuple(
+        dataclasses.replace(
+            layout,
+            dtype=target.kv_dtype,
+            fixed_rows=layout.capacity(recipe.max_context) if target.engine else None,
+        )
+        for layout in kv_layouts(config)
     )
 
 

@@ -18,7 +18,7 @@ from corral.spec.unfinished import read_journal
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
-Stage = Literal["exported", "quantized", "ready"]
+Stage = Literal["exported", "quantized", "lowered", "ready"]
 # The largest manifest that is read: a hostile file must not fill memory.
 MANIFEST_BYTES = 64 << 20
 
@@ -42,6 +42,18 @@ class GraphRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """One engine, built of `graph` for the compute capabilities listed; `sidecar` is what is known of its inside, as JSON."""
+
+    path: str
+    sidecar: str
+    graph: str
+    capabilities: tuple[str, ...]
+    built_with: str  # "tensorrt_rtx 1.7.1.116"; another version does not open it
+    profiles: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorRecord:
     """A row-major tensor in a file of the bundle: the embedding table, which the runtime gathers from a memory map."""
 
@@ -60,9 +72,8 @@ class CoverageRecord:
     matrices: int
     parameters: int
     bytes: int
-    fallbacks: int = (
-        0  # of the matrices, those stored as well, but quantized by another method: see the calibration's list
-    )
+    published: str = ""  # how the checkpoint stores them where it is quantized: "int4 g128", "fp8 per output", …
+    fallbacks: int = 0  # of the matrices, those quantized by another method: see the calibration's list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +101,11 @@ class CalibrationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A bundle's description. `stage` is "ready" for a bundle that runs; "exported" and "quantized" hold graph and plan."""
+    """A bundle's description.
+
+    `stage` is "ready" for a bundle that runs; "exported" and "quantized" hold graph and plan; "lowered" has its weights,
+    too, but none of the engines that its target needs.
+    """
 
     format: str  # "major.minor"
     corral: str  # version that wrote it
@@ -106,6 +121,7 @@ class Manifest:
     tokenizer: str | None  # path of tokenizer.json
     chat_template: str | None  # path of the Jinja template
     calibration: CalibrationRecord | None = None
+    engines: tuple[EngineRecord, ...] = ()
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token …, for the template
     files: tuple[FileRecord, ...] = ()
 
@@ -152,7 +168,8 @@ def read_manifest(directory: Path) -> Manifest:
     listed = {record.path for record in manifest.files}
     tables = [manifest.embedding.path] if manifest.embedding else []
     texts = [name for name in (manifest.tokenizer, manifest.chat_template) if name is not None]
-    for name in (*(graph.path for graph in manifest.graphs), *tables, *texts):
+    engines = [name for engine in manifest.engines for name in (engine.path, engine.sidecar)]
+    for name in (*(graph.path for graph in manifest.graphs), *engines, *tables, *texts):
         inside_path(name, path)
         if name not in listed:
             raise InputError(f'{path} names "{name}" but does not list it among its files: the manifest is damaged.')

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from corral.spec.errors import InputError
+from corral.spec.gpus import capability_of
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
-from corral.spec.target import target_named
+from corral.spec.target import check_capability, target_named
 
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 LEAST_CALIBRATION_TOKENS = 512
+ENGINE_KEYS = ("gpu", "max_context", "max_batch")
+DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,10 @@ class Recipe:
     calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
+    requantize: bool = False  # weights that the checkpoint stores quantized in another way may be quantized again
+    gpu: str = ""  # of engines: GPUs or compute capabilities, by comma
+    max_context: int = DEFAULT_MAX_CONTEXT  # of engines: rows of a global layer's cache
+    max_batch: int = DEFAULT_MAX_BATCH  # of engines: sequences that decode together
 
     def __post_init__(self) -> None:
         target, scheme = target_named(self.target), scheme_named(self.weights)
@@ -51,9 +59,22 @@ class Recipe:
                 f"stages is {self.stages} and stage_gb {self.stage_gb}; expected at least 1 stage, and a limit in GB "
                 "or 0 for none."
             )
+        for key in ("max_context", "max_batch"):
+            if not 1 <= getattr(self, key) < 1 << 31:
+                raise InputError(f"{key} is {getattr(self, key)}, expected a whole number of at least 1.")
+        for capability in self.capabilities:
+            check_capability(target, capability, scheme.name)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The compute capabilities that `gpu` names, each once, lowest first."""
+        named = {capability_of(gpu.strip()) for gpu in self.gpu.split(",") if gpu.strip()}
+        return tuple(sorted(named, key=float))
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The keys that the target knows: those of engines only where it has any."""
+        data = dataclasses.asdict(self)
+        return data if target_named(self.target).engine else {k: v for k, v in data.items() if k not in ENGINE_KEYS}
 
     def to_toml(self) -> str:
         return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_json().items())
@@ -79,5 +100,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     return Recipe.from_json(data | {k: v for k, v in overrides.items() if v is not None}, where=f"recipe {path}")
 
 
-def _toml(value: str | int) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+def _toml(value: str | int | bool) -> str:
+    return json.dumps(
+        value
+    )  # of strings without control characters, whole numbers and booleans TOML has JSON's spelling

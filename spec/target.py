@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from corral.spec.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One place to run. `weights` names the schemes its lowering supports; `requires` the packages of the runtime."""
+    """One place to run. `weights` names the schemes its lowering supports; `requires` the packages of the runtime.
+
+    A target with an `engine` compiles its graph once more, into engines for the compute capabilities of
+    `capabilities`, each with the schemes that such a device takes.
+    """
 
     name: str
     description: str
     weights: tuple[str, ...]
     requires: tuple[tuple[str, str], ...]  # (distribution, minimum version)
     opset: int  # of the default ONNX domain
+    kv_dtype: str = "float32"  # of the caches
+    engine: str | None = None  # the module that builds
+    capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+# What TensorRT for RTX 1.7 builds for, as tried: 7.5 refuses int4 and float32 matrix products, 9.0 and 10.x it lacks.
+RTX_CAPABILITIES = {
+    "8.0": ("fp16", "int4"),
+    "8.6": ("fp16", "int4"),
+    "8.9": ("fp16", "int4"),
+    "12.0": ("fp16", "int4"),
+}
+# What NVIDIA's support matrix says of TensorRT 11. Nothing of it was tried: it needs a GPU to build.
+TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4"), "10.0": ("fp16", "int4")}
 
 
 TARGETS = {
@@ -35,6 +54,26 @@ TARGETS = {
             requires=(("onnxruntime", "1.31"),),
             opset=24,
         ),
+        Target(
+            name="tensorrt-rtx",
+            description="engines of TensorRT for RTX, built without a GPU",
+            weights=("fp16", "int4"),
+            requires=(("tensorrt-rtx-cu13", "1.7.1"),),
+            opset=24,
+            kv_dtype="float16",
+            engine="tensorrt_rtx",
+            capabilities=RTX_CAPABILITIES,
+        ),
+        Target(
+            name="tensorrt",
+            description="engines of TensorRT, built on the GPU that they are for",
+            weights=("fp16", "int4"),
+            requires=(("tensorrt", "11.0"),),
+            opset=24,
+            kv_dtype="float16",
+            engine="tensorrt",
+            capabilities=TENSORRT_CAPABILITIES,
+        ),
     )
 }
 
@@ -44,3 +83,28 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise InputError(f'target "{name}" is not known; expected one of {", ".join(TARGETS)}.')
     return TARGETS[name]
+
+
+def check_capability(target: Target, capability: str, weights: str) -> None:
+    """Raise InputError, with a remedy, unless engines of `target` with such weights exist for a compute capability."""
+    if not target.engine:
+        builders = ", ".join(other.name for other in TARGETS.values() if other.engine)
+        raise InputError(
+            f"target {target.name} builds no engines, so it takes no --gpu ({capability}). "
+            f"Leave --gpu out, or choose a target that builds engines: {builders}."
+        )
+    if capability not in target.capabilities:
+        others = [other.name for other in TARGETS.values() if capability in other.capabilities]
+        others += [name for name in ("cuda",) if name in TARGETS]
+        remedy = f"Use --target {' or '.join(others)} for it." if others else "No target of this version does."
+        raise InputError(
+            f"target {target.name} builds no engines for compute capability {capability}; "
+            f"it builds for {', '.join(target.capabilities)}. {remedy}"
+        )
+    if weights not in target.capabilities[capability]:
+        able = [other for other, schemes in target.capabilities.items() if weights in schemes]
+        raise InputError(
+            f"compute capability {capability} has no {weights} weights in target {target.name}; it takes "
+            f"{', '.join(target.capabilities[capability])}, and {weights} needs one of {', '.join(able)}. "
+            f"Choose another --weights or another --gpu."
+        )

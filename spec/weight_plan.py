@@ -37,6 +37,9 @@ class Source:
 
     `index` picks along the leading axis (an expert of a fused tensor) first; the remaining matrix is transposed where
     the checkpoint stores inputs by outputs; `rows` and `columns` (start, stop) then cut it. A vector has rows only.
+    With `interleave`, the matrix's rows are two halves (gate, then up), and `rows` counts them in an order in which so
+    many of one and so many of the other alternate: what is stored in that order can then be cut along it.
+    `as_stored` reads a quantized tensor's codes and scales; otherwise its values are read, whatever they are stored as.
     """
 
     tensor: str
@@ -44,10 +47,22 @@ class Source:
     columns: tuple[int, int] | None = None
     index: int | None = None
     transposed: bool = False
+    interleave: int = 0
+    as_stored: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in filter(None, (self.rows, self.columns)))
+
+    def halves(self, outputs: int) -> tuple[Source, Source]:
+        """The two sources that an interleaved one alternates between; `outputs` is how many rows the matrix has."""
+        run, (start, stop) = self.interleave, self.rows
+        assert start % (2 * run) == stop % (2 * run) == 0 and outputs % 2 == 0, f"{self} does not hold whole runs"
+        gate, up = (
+            dataclasses.replace(self, rows=(start // 2 + half, stop // 2 + half), interleave=0)
+            for half in (0, outputs // 2)
+        )
+        return gate, up
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,8 @@ class Entry:
     """One tensor of the artefact.
 
     `shape` and `dtype` are as stored. `weight` is the model parameter (or several, joined by "+") it belongs to, and
-    `parameters` how many of the model's numbers it represents (0 for scales), for the coverage table.
+    `parameters` how many of the model's numbers it represents (0 for scales), for the coverage table; `published` says how
+    the checkpoint stores it where that is quantized, in the words of `quant_scheme.in_words` where those say it all.
     `cut` is the axis of the *source matrix* along which the stored tensor's first axis runs: a piece may then be
     computed in parts along it, in multiples of `cut_multiple`; None: only whole.
     """
@@ -87,6 +103,7 @@ class Entry:
     parameters: int = 0
     cut: Literal["rows", "columns"] | None = None
     cut_multiple: int = 1
+    published: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.manifest import CalibrationRecord, FallbackRecord
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
-from corral.spec.quant_scheme import scheme_named
 from corral.spec.recipe import Recipe
 
 
@@ -64,10 +62,8 @@ def calibrate(
         _check_disk_space(directory, work.config, text)
     gather(checkpoint, text.ids, statistics, hessian=not rescales, progress=progress)
     if rescales:
-        bits = scheme_named(work.recipe.weights).bits
-        assert bits is not None
-        search_input_scales(checkpoint, statistics, bits=bits, group_size=work.recipe.group_size, progress=progress)
-    return Calibration(statistics, _record(work.config, text, statistics))
+        search_input_scales(checkpoint, statistics, work.recipe, progress)
+    return Calibration(statistics, _record(work, text, statistics))
 
 
 def statistics_bytes(config: ModelConfig, tokens: int) -> int:
@@ -95,28 +91,29 @@ def _check_disk_space(directory: Path, config: ModelConfig, text: CalibrationTex
         )
 
 
-def _record(config: ModelConfig, text: CalibrationText, statistics: Statistics) -> CalibrationRecord:
+def _record(work: ModelAndPlan, text: CalibrationText, statistics: Statistics) -> CalibrationRecord:
+    config = work.config
     seen = {
-        f"layers.{i}.feed_forward.experts": [
+        f"layers.{i}.feed_forward.experts": tuple(
             statistics.tokens(f"layers.{i}.feed_forward.experts.gate_up_proj", e)
             for e in range(config.num_local_experts)
-        ]
+        )
         for i, layer in enumerate(config.layers)
         if layer.moe
     }
+    calibrated = {entry.weight.rpartition(".")[0] for entry in work.plan for step in entry.steps if _needs(step.args)}
     return CalibrationRecord(
         text=text.name,
         sha256=text.sha256,
         tokens=text.ids.size,
         window=text.ids.shape[1],
-        expert_tokens={name: tuple(counts) for name, counts in seen.items()},
+        expert_tokens=seen,
         min_tokens=MIN_TOKENS,
-        fallbacks=tuple(_fallbacks(seen)),
+        fallbacks=tuple(
+            FallbackRecord(weight=name, expert=expert, tokens=tokens, method="rtn-mse")
+            for name, counts in seen.items()
+            if name in calibrated  # and not kept as published
+            for expert, tokens in enumerate(counts)
+            if tokens < MIN_TOKENS
+        ),
     )
-
-
-def _fallbacks(seen: dict[str, list[int]]) -> Iterator[FallbackRecord]:
-    for name, counts in seen.items():
-        for expert, tokens in enumerate(counts):
-            if tokens < MIN_TOKENS:
-                yield FallbackRecord(weight=name, expert=expert, tokens=tokens, method="rtn-mse")

@@ -81,10 +81,10 @@ def _read(path: Path, asked: str) -> bytes:
 def _encode(checkpoint: Checkpoint, text: str) -> list[int]:
     from tokenizers import Tokenizer
 
-    path = checkpoint.tokenizer_path
-    if path is None:
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
         raise InputError(
             f"{checkpoint.directory} has no tokenizer.json, which a calibration text needs. Copy the model's there, or use "
             "--method rtn or hqq, which need no text."
         )
-    return Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    return Tokenizer.from_buffer(tokenizer).encode(text, add_special_tokens=False).ids

@@ -121,7 +121,7 @@ def _read_expert(checkpoint: Checkpoint, name: str, expert: int) -> Tensor:
 
 def pieces_of(checkpoint: Checkpoint, name: str) -> tuple[Source, ...]:
     """The slices that hold a parameter, each as the matrix [outputs, inputs]: those that the plan reads."""
-    return parameter_entry(name, checkpoint.info(name).shape, checkpoint.source(name)).pieces
+    return parameter_entry(name, checkpoint.info(name)).pieces
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from corral.graphs.execute.shards import PARTIAL
-from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.checkpoint import Checkpoint, alternating
 from corral.model.checkpoint.names import HEAD
 from corral.spec.weight_plan import Source
 
@@ -54,6 +54,9 @@ class Statistics:
                     if f"{name}.{kind}" in file.keys():  # noqa: SIM118  # no mapping
                         scales = file.get_tensor(f"{name}.{kind}")
                         whole = scales[source.index] if scales.ndim == 2 else scales
+                        if kind == "output_scales" and source.interleave:
+                            gate, up = whole.reshape(2, -1, 1)
+                            whole = alternating(gate, up, source.interleave)[:, 0]
                         found[kind] = whole[slice(*cut)] if cut else whole
         return found
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing, suppress
-
-import numpy as np
-from numpy.typing import NDArray
 
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import Finished, RunJob
-from corral.graphs.execute.job import Job, ReadStatistics
+from corral.graphs.execute.job import Job, ReadPiece, ReadStatistics
 from corral.graphs.execute.journal import Journal
 from corral.graphs.execute.shards import Shards
 from corral.spec.progress import Progress, silent
-from corral.spec.weight_plan import Source
 
 
 def execute(
     jobs: Sequence[Job],
     shards: Shards,
-    read: Callable[[Source], NDArray[np.float32]],
+    read: ReadPiece,
     journal: Journal,
     how: Execution,
     progress: Progress = silent,
@@ -57,12 +53,13 @@ def run_jobs(
     executor = how.executor_for([job for _, job in left])
     total = sum(job.elements for job in jobs)
     finished = total - sum(job.elements for _, job in left)
-    progress("weights", finished, total, "parameters")
+    what = f"weights ({executor})"
+    progress(what, finished, total, "parameters")
     with closing(executor.run(run_job, left)) as running:
         for index, digests in running:
             finished += jobs[index].elements
             yield index, digests
-            progress("weights", finished, total, "parameters")
+            progress(what, finished, total, "parameters")
 
 
 class _Batch:

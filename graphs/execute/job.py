@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.execute.steps import STEPS
+from corral.spec.errors import InputError
 from corral.spec.weight_plan import (
     JOB_BYTES_PER_ELEMENT,
     JOB_ELEMENTS,
@@ -25,6 +26,9 @@ from corral.spec.weight_plan import (
 
 # What the statistics of a calibration say of one source: arrays by name.
 ReadStatistics = Callable[[Source], Mapping[str, NDArray[Any]]]
+
+# Reads a source: its values, float32, or with `as_stored` its codes and scales by name (`Checkpoint.read_piece`).
+ReadPiece = Callable[[Source], NDArray[np.float32] | Mapping[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,7 @@ def _cut(source: Source, group: list[tuple[Entry, Output]], limit: int) -> Itera
         yield Job(dataclasses.replace(source, **changes), outputs)
 
 
-def run_job(
-    job: Job, read: Callable[[Source], NDArray[np.float32]], read_statistics: ReadStatistics | None = None
-) -> list[tuple[Output, bytes]]:
+def run_job(job: Job, read: ReadPiece, read_statistics: ReadStatistics | None = None) -> list[tuple[Output, bytes]]:
     """Execute a job. Steps that several outputs begin with are computed once.
 
     Where a step names statistics (by the argument `statistics`), it is given what those say of the job's source.
@@ -113,7 +115,10 @@ def run_job(
         for i, step in enumerate(output.steps):
             key = (output.steps[:i], step.name, step.args)
             if key not in results:
-                results[key] = STEPS[step.name](value, **_arguments(step, job.source, read_statistics))
+                try:
+                    results[key] = STEPS[step.name](value, **_arguments(step, job.source, read_statistics))
+                except InputError as error:
+                    raise InputError(f"{output.entry} {error}") from None
             value = results[key][step.output] if step.output else results[key]
         data = np.ascontiguousarray(value).tobytes()
         if len(data) != output.nbytes:

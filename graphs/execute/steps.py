@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.quantize.awq import awq, rescale
+from corral.graphs.quantize.e4m3 import e4m3
+from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
-from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
+from corral.graphs.quantize.pack import pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.graphs.quantize.rtn_mse import rtn_mse
+from corral.spec.errors import InputError
 
 NUMPY_TYPE: dict[str, Any] = {
     "float32": np.float32,
@@ -24,13 +27,33 @@ NUMPY_TYPE: dict[str, Any] = {
 
 
 def rows(array: NDArray[np.generic], *, dtype: str) -> NDArray[np.generic]:
-    """Store as it is, in `dtype`."""
-    return array.astype(NUMPY_TYPE[dtype], copy=False)
+    """Store as it is, in `dtype`. Raises InputError for a number that `dtype` does not have."""
+    return _cast(array, dtype)
 
 
 def columns(array: NDArray[np.generic], *, dtype: str) -> NDArray[np.generic]:
-    """Store transposed, in `dtype`: [outputs, inputs] -> [inputs, outputs]."""
-    return np.ascontiguousarray(array.T, dtype=NUMPY_TYPE[dtype])
+    """Store transposed, in `dtype`: [outputs, inputs] -> [inputs, outputs]. Raises InputError as `rows` does."""
+    return np.ascontiguousarray(_cast(array, dtype).T)
+
+
+def _cast(array: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
+    with np.errstate(over="ignore"):
+        stored: NDArray[np.generic] = array.astype(NUMPY_TYPE[dtype], copy=False)
+    if dtype == "float16" and not np.isfinite(stored).all():
+        raise InputError(
+            f"holds numbers up to {np.abs(array).max():.3g}; float16 ends at 65504. "
+            "Compile for a target that stores this weight in float32."
+        )
+    return stored
+
+
+def as_published(stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int) -> Mapping[str, NDArray[Any]]:
+    """Codes and scales as the checkpoint has them, in the form that quantizers give: unsigned codes of `bits`, uint8
+    [outputs, inputs], and float32 scales [outputs, inputs / group_size]."""
+    rows, columns = stored["codes"].shape
+    if stored["scales"].shape != (rows, columns // group_size) or columns % group_size or bits != 4:
+        raise AssertionError(f"codes {rows} x {columns}, scales {stored['scales'].shape}: not int{bits} g{group_size}")
+    return stored
 
 
 STEPS: dict[str, Callable[..., Any]] = {
@@ -42,7 +65,10 @@ STEPS: dict[str, Callable[..., Any]] = {
     "gptq": gptq,
     "awq": awq,
     "rescale": rescale,
+    "as_published": as_published,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
-    "interleave_halves": interleave_halves,
+    "e4m3": e4m3,
+    "pack_fragments": pack_fragments,
+    "fragment_scales": fragment_scales,
 }

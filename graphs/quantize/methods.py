@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from corral.spec.quant_scheme import in_words
+from corral.spec.recipe import Recipe
+
 # Of a matrix that saw fewer tokens of the calibration text, its inputs' sums say too little: an expert that hardly any token
 # visited is quantized without them, and the manifest names it.
 MIN_TOKENS = 256
@@ -24,6 +27,7 @@ class Method:
         return scheme | ({"min_tokens": MIN_TOKENS, "statistics": statistics} if self.calibrated else {})
 
 
+AS_PUBLISHED = Method(step="as_published")
 METHODS = {
     "rtn": Method(step="rtn"),
     "rtn-mse": Method(step="rtn_mse"),
@@ -31,3 +35,8 @@ METHODS = {
     "awq": Method(step="awq", calibrated=True, by_group=False, rescales=True),
     "gptq": Method(step="gptq", calibrated=True, by_group=False),
 }
+
+
+def method_for(published: str, recipe: Recipe) -> Method:
+    """The recipe's method; for a matrix `published` in just the scheme that is asked for, keeping its codes and scales."""
+    return AS_PUBLISHED if published == in_words(recipe.weights, recipe.group_size) else METHODS[recipe.method]

@@ -12,14 +12,27 @@ import onnx_ir as ir
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.kinds import kind_of
-from corral.graphs.quantize.methods import METHODS
+from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
 from corral.spec.errors import InputError
-from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
+from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, in_words, scheme_named
+from corral.spec.recipe import Recipe
 from corral.spec.weight_plan import Entry, step
+
+# How a checkpoint may store weights -> the options that keep them so.
+KEEPING = {
+    in_words(scheme, group): f"--weights {scheme} --group-size {group}"
+    for scheme in SCHEMES
+    for group in GROUP_SIZES
+    if SCHEMES[scheme].is_quantized
+}
 
 
 def quantize_weights(work: ModelAndPlan) -> bool:
-    """Quantize every matrix of a quantized kind. Raises InputError where the group size does not divide its inputs."""
+    """Quantize every matrix of a quantized kind; one that is published just so keeps its codes and scales.
+
+    Raises InputError where the group size does not divide a matrix's inputs, and where one is published quantized in
+    another way, unless the recipe says `requantize`.
+    """
     scheme = scheme_named(work.recipe.weights)
     if scheme.bits is None:
         return False
@@ -40,7 +53,13 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
         fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
         raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
-    method = METHODS[work.recipe.method]
+    method = method_for(entry.published, work.recipe)
+    if method is AS_PUBLISHED:
+        entry = dataclasses.replace(
+            entry, pieces=tuple(dataclasses.replace(piece, as_stored=True) for piece in entry.pieces)
+        )
+    elif entry.published and not work.recipe.requantize:
+        raise _published_otherwise(entry, work.recipe)
     name, how = method.step, method.arguments(bits, group, work.statistics)
     codes = dataclasses.replace(
         entry.with_layout(step(name, output="codes", **how), step("pack_columns", bits=bits)),
@@ -68,3 +87,12 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
     )
     work.graph.insert_before(users[0], dequantize)
     weight.replace_all_uses_with(dequantize.outputs[0])
+
+
+def _published_otherwise(entry: Entry, recipe: Recipe) -> InputError:
+    keep = f"{KEEPING[entry.published]} to keep its codes as they are, " if entry.published in KEEPING else ""
+    return InputError(
+        f"the checkpoint stores {entry.weight} quantized already ({entry.published}), and "
+        f"{in_words(recipe.weights, recipe.group_size)} was asked for: that would add a second error to the first. Use "
+        f"{keep}--weights fp32 to store its exact values, or --requantize to quantize it again all the same."
+    )

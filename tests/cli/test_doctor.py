@@ -10,6 +10,7 @@ import pytest
 
 from corral.cli import machine as machine_module
 from corral.cli.machine import Machine, Package, compile_targets, look_around
+from corral.spec.target import TARGETS
 
 Corral = Callable[..., Any]
 
@@ -38,7 +39,10 @@ def with_package(name: str, installed: str | None) -> Machine:
 def test_this_machine_can_do_everything(corral: Corral) -> None:
     data = json.loads(corral("doctor", "--json").stdout)
     assert data["problems"] == []
-    assert data["targets"] == {name: {"compile": True, "run": True} for name in data["targets"]}
+    assert all(can["compile"] for can in data["targets"].values())
+    engines = {name for name, target in TARGETS.items() if target.engine}
+    assert {name for name, can in data["targets"].items() if not can["run"]} == engines  # built here, run nowhere yet
+    assert [name for name, can in data["targets"].items() if can["build"]] == ["tensorrt-rtx"]
     assert {"numpy", "onnxruntime", "torch"} <= {package["name"] for package in data["packages"]}
     assert data["memory_bytes"] > data["memory_free_bytes"] > 0
     assert "onnxruntime" in corral("doctor").stdout
@@ -72,7 +76,9 @@ def test_without_torch_bundles_run_and_nothing_is_broken(corral: Corral, monkeyp
     machine = with_package("torch", None)
     monkeypatch.setattr(machine_module, "look_around", lambda: machine)
     assert 'pip install "corral[compile]"' in corral("doctor").stdout
-    assert set(map(str, compile_targets(machine).values())) == {"{'compile': False, 'run': True}"}
+    can = compile_targets(machine)
+    assert not any(here["compile"] or here["build"] for here in can.values())
+    assert all(here["run"] for name, here in can.items() if not TARGETS[name].engine)
 
 
 def test_facts_come_from_proc_and_a_containers_limit_counts(tmp_path: Path) -> None:
@@ -98,7 +104,7 @@ def test_a_machine_without_proc_is_no_error(tmp_path: Path) -> None:
 
 def test_packages_are_those_of_the_projects_metadata() -> None:
     found = look_around().packages
-    assert {p.needed_by for p in found} == {"corral", "compile"}
+    assert {p.needed_by for p in found} == {"corral", "compile", "ray"}
     assert next(p.least for p in found if p.name == "numpy") == "2.0"
 
 

@@ -92,6 +92,31 @@ def test_a_rehearsal_knows_the_statistics_too(checkpoint: Path, bundle: Path) ->
     assert [shard.bytes for shard in shards] == [path.stat().st_size for path in sorted(bundle.glob("weights-*"))]
 
 
+def test_a_rehearsal_on_ray_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"temporary directory, which a Ray cluster does not see. Rehearse without --ray"
+    ):
+        rehearse(checkpoint, GPTQ, ray="head:6379")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_what_is_published_as_asked_for_is_kept(
+    published_checkpoint: Callable[..., tuple[Path, Path]], tmp_path: Path, method: str
+) -> None:
+    """Its bytes are those of a compile by rtn, and none of its experts is named as fallen back; the rest is calibrated."""
+    quantized, _ = published_checkpoint("two_layers", "int4 g32")
+    few = Recipe(method=method, group_size=32, calibration_tokens=512)
+    compile(quantized, tmp_path / "calibrated", few, jobs=1)
+    compile(quantized, tmp_path / "plain", Recipe(group_size=32), jobs=1)
+    ours, plain = (experts_codes(tmp_path / out) for out in ("calibrated", "plain"))
+    assert ours == plain
+    manifest = manifest_of(tmp_path / "calibrated")
+    assert manifest.calibration is not None
+    assert not manifest.calibration.fallbacks
+    stored = {row.kind: row.stored for row in manifest.coverage}
+    assert stored["experts"] == "int4 g32" and stored["attention"] == f"int4 g32 {method}"
+
+
 def test_the_text_may_not_change_between_the_stages(checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(SHIPPED["python-library"], text)

@@ -1,0 +1,1 @@
+"""TensorRT engines: the module behind the seam, the build, the kernels."""

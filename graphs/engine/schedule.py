@@ -1,0 +1,125 @@
+"""What a TensorRT for RTX engine says of itself: its schedule, which lies in the plan as plain text.
+
+Undocumented, and read for the pinned version only. It lists per profile every kernel with the ONNX layers fused into
+it, every constant with type and bytes, and every region of memory. Kernels themselves are compiled where the engine
+runs, so all bytes that are not this text are weights: that is how a weight that silently became float shows.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TEXT = re.compile(rb"[\t\n\r\x20-\x7e]{32,}")
+# Each schedule begins so; those within a kernel that is fused where the engine runs have no memory of a user's.
+SCHEDULE = re.compile(rb"\n  n_accelerators = ")
+HEAD_END = b"\ndescriptors {"
+KERNEL = re.compile(
+    rb"\n\s*(?P<kind>function|fully_connected|runtime_fusion)=\{ name=\"?(?P<name>[^\s\"]+)\"? [^\n]*?\n?"
+    rb"[^\n]*?layers=\"(?P<layers>[^\"\n]*)\""
+)
+OUTPUTS = re.compile(rb"output_args=\{ ([^}]*)\}")
+QUOTED = re.compile(rb'"([^"]*)"')
+LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+TENSOR = re.compile(
+    rb"\n\s*tensor=\{ (?P<constant>[^\n]*?const_payload_size=(?P<bytes>\d+))?[^\n]*?dims=\{ (?P<dims>[^}]*)\}"
+    rb"[^\n]*? name=\"(?P<name>[^\"]*)\"[^\n]*? region=\"?(?P<region>[^\s\"]+)[^\n]*? type=(?P<type>\w+) \}"
+)
+REGION = re.compile(rb"\n  region = \{ name=(?P<name>\S+) size=(?P<bytes>\d+) [^\n]*?type=user place=accelerator")
+WEIGHTS = re.compile(r"__mye\d+-consts")
+BITS = {"float": 32, "half": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4, "int64": 64, "int32": 32, "bool": 8}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor that a kernel leaves in memory; sizes that only a step decides are words."""
+
+    shape: tuple[int | str, ...]
+    type: str
+
+    @property
+    def known_bytes(self) -> int:
+        """Bytes of the sizes that are known: of one block, where the number of blocks is open."""
+        return math.prod(d for d in self.shape if isinstance(d, int)) * BITS.get(self.type, 0) // 8
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a schedule. `kind` is TensorRT's word: function, fully_connected, runtime_fusion."""
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]  # the ONNX nodes fused into it
+    writes: tuple[Written, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One profile's: its kernels in order, bytes of weights by type, bytes of device memory besides."""
+
+    kernels: tuple[Kernel, ...]
+    weights: Mapping[str, int]
+    scratch_bytes: int
+
+    def unfused_weights(self) -> list[Kernel]:
+        """Kernels that write a dequantized weight to memory, for a matrix product to read it back."""
+        return [
+            kernel
+            for kernel in self.kernels
+            if any(layer.endswith("DequantizeLinear") for layer in kernel.layers)
+            and not any("MatMul" in layer for layer in kernel.layers)
+        ]
+
+
+def read_schedules(engine: Path) -> list[Schedule]:
+    """The schedules of an engine, in its profiles' order; empty where its text is not as expected."""
+    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        starts = [match.start() for match in SCHEDULE.finditer(plan)]
+        ends = [*starts[1:], _text_end(plan, starts[-1])] if starts else []
+        sections = [plan[start:end] for start, end in zip(starts, ends, strict=True)]
+    return [_schedule(section) for section in sections if REGION.search(section[: section.find(HEAD_END)])]
+
+
+def weight_bytes(engine: Path) -> int:
+    """Bytes of an engine that are not its schedules' text: its weights and very little else."""
+    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        return len(plan) - sum(match.end() - match.start() for match in TEXT.finditer(plan))
+
+
+def _text_end(plan: mmap.mmap, start: int) -> int:
+    """Where the last schedule ends: weights follow, and they are large."""
+    end = start
+    for match in TEXT.finditer(plan, start):
+        if match.start() - end > 4096:
+            break
+        end = match.end()
+    return end
+
+
+def _schedule(text: bytes) -> Schedule:
+    weights: Counter[str] = Counter()
+    tensors: dict[bytes, Written] = {}
+    for found in TENSOR.finditer(text):
+        kind, region = found["type"].decode(), found["region"].decode("latin1")
+        if found["constant"] and WEIGHTS.fullmatch(region):
+            weights[kind] += int(found["bytes"])
+        tensors[found["name"]] = Written(_shape(found["dims"]), kind)
+    kernels = []
+    for found in KERNEL.finditer(text):
+        outputs = OUTPUTS.search(found[0])
+        names = QUOTED.findall(outputs[1]) if outputs else []
+        layers = tuple(dict.fromkeys(LAYER.findall(found["layers"].decode("latin1"))))
+        writes = tuple(tensors[name] for name in names if name in tensors)
+        kernels.append(Kernel(found["name"].decode("latin1"), found["kind"].decode(), layers, writes))
+    scratch = sum(int(found["bytes"]) for found in REGION.finditer(text))
+    return Schedule(tuple(kernels), dict(weights), scratch)
+
+
+def _shape(dims: bytes) -> tuple[int | str, ...]:
+    words = dims.decode("latin1").split()
+    return tuple(int(word) if word.isdigit() else word.strip('"') for word in words)

@@ -1,0 +1,1 @@
+"""TensorRT's own layers, in the standard ONNX that its parser knows; one operator a file."""

@@ -1,0 +1,29 @@
+"""FP8 (e4m3) weights: one scale per output, from its largest magnitude."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from corral.spec.errors import InputError
+
+LARGEST = 448.0  # of float8_e4m3fn (OCP 8-bit floating point, table 2)
+
+
+def e4m3(weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """Quantize [outputs, inputs] to e4m3 and float32 scales [outputs, 1]; value = scale * e4m3(code), nearest even.
+
+    Codes are returned as their bits (uint8) and are never NaN; an output of zeros gets scale 1. Raises InputError where
+    a weight is not finite.
+    """
+    extreme = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
+    if not np.isfinite(extreme).all():
+        raise InputError("a weight is infinite or NaN, which no FP8 code can stand for: the checkpoint is damaged.")
+    scales = np.maximum(extreme / np.float32(LARGEST), np.finfo(np.float32).tiny)
+    scales[extreme == 0] = 1
+    # The quotient can be a rounding above the largest code, and beyond it is NaN, not a clipped value.
+    quotient = np.clip(weight / scales, -LARGEST, LARGEST)
+    return {"codes": quotient.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), "scales": scales}

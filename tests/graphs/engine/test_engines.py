@@ -1,0 +1,221 @@
+"""Engines of the demo model and of tiny ones, built for real by TensorRT for RTX, without a GPU. None is executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from corral.graphs import compile
+from corral.graphs.engine import build
+from corral.graphs.engine.build import build_engine
+from corral.graphs.engine.engines import build_engines
+from corral.graphs.engine.profiles import Profile, profiles_for
+from corral.graphs.engine.schedule import Kernel, Schedule
+from corral.graphs.engine.tensorrt_module import FLAVORS, check_installed
+from corral.spec.bundle import open_bundle
+from corral.spec.errors import CheckFailed, EnvironmentProblem, InputError
+from corral.spec.recipe import Recipe
+
+pytest.importorskip("tensorrt_rtx")
+
+DEMO = Path(__file__).parents[3] / "demo" / "demo-scout"
+TinyBundle = Callable[[str, str, str], Path]
+Lowered = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
+    """The demo model lowered, without engines; made once. Do not write into it."""
+    made: dict[str, Path] = {}
+
+    def make(weights: str) -> Path:
+        if weights not in made:
+            made[weights] = tmp_path_factory.mktemp(weights) / "demo"
+            compile(DEMO, made[weights], Recipe(target="tensorrt-rtx", weights=weights, group_size=64))
+        return made[weights]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def built(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The demo model with engines for some GPUs; made once. Do not write into it."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(weights: str, gpu: str) -> Path:
+        if (weights, gpu) not in made:
+            made[weights, gpu] = tmp_path_factory.mktemp("built") / "demo"
+            shutil.copytree(lowered(weights), made[weights, gpu])
+            build_engines(made[weights, gpu], gpu=gpu)
+        return made[weights, gpu]
+
+    return make
+
+
+def sidecar(bundle: Path) -> dict[str, Any]:
+    (engine,) = open_bundle(bundle).manifest.engines
+    return json.loads((bundle / engine.sidecar).read_text())
+
+
+@pytest.mark.parametrize("gpu", ["8.6", "rtx4090", "12.0", "8.6,8.9,12.0"])
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
+def test_the_demo_builds_and_its_engine_is_as_large_as_its_weights_bits(
+    built: Callable[[str, str], Path], weights: str, gpu: str
+) -> None:
+    bundle = built(weights, gpu)
+    manifest, about = open_bundle(bundle).manifest, sidecar(bundle)
+    assert manifest.stage == "ready"
+    assert manifest.engines[0].capabilities == Recipe(target="tensorrt-rtx", gpu=gpu).capabilities
+    shards = sum(path.stat().st_size for path in bundle.glob("weights-*.bin"))
+    assert about["expected_weight_bytes"] < shards  # the embedding is gathered outside
+    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.15
+    assert [profile["name"] for profile in about["profiles"]] == ["decode", "prefill"]
+    for profile in about["profiles"]:
+        four_bits = profile["weights"].get("int4", 0)
+        assert (four_bits > 0.9 * about["expected_weight_bytes"]) == (weights == "int4")
+        fused = {layer for kernel in profile["kernels"] if "mha" in kernel["name"] for layer in kernel["layers"]}
+        assert fused == {f"layers.{i}.self_attn.core.Attention" for i in range(4)}
+
+
+def test_int4_is_multiplied_without_a_float_copy_but_for_the_chosen_experts(built: Callable[[str, str], Path]) -> None:
+    """Dense matrices: dequantized within the matrix kernel. Experts: only what is gathered is written out, per block."""
+    for profile in sidecar(built("int4", "rtx4090"))["profiles"]:
+        fused = {
+            layer.removesuffix(".MatMul")  # one kernel may multiply by several matrices of one input
+            for kernel in profile["kernels"]
+            for layer in kernel["layers"]
+            if layer.endswith(".MatMul") and any(other.endswith("DequantizeLinear") for other in kernel["layers"])
+        }
+        attention = {f"layers.{i}.self_attn.{x}_proj" for i in range(4) for x in "qkvo"}
+        shared = {f"layers.{i}.feed_forward.shared_expert.{x}_proj" for i in range(4) for x in ("gate", "up", "down")}
+        assert fused == attention | shared | {"lm_head"}
+        assert len(profile["unfused_weights"]) == 4
+        for kernel in profile["unfused_weights"]:
+            assert all(".experts." in layer for layer in kernel["layers"])
+            # One expert's three matrices of 256 x 256 in 16 bits, for each block of rows and for no other expert.
+            assert sum(tensor["known_bytes"] for tensor in kernel["writes"]) == 3 * 256 * 256 * 2
+
+
+def test_two_builds_are_equal_and_a_second_gpu_is_added_beside_the_first(
+    built: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    bundle = tmp_path / "copy"
+    shutil.copytree(built("int4", "rtx4090"), bundle)
+    before = {record.path: record.sha256 for record in open_bundle(bundle).manifest.files}
+    build_engines(bundle, gpu="8.9")
+    assert {record.path: record.sha256 for record in open_bundle(bundle).manifest.files} == before
+    manifest = build_engines(bundle, gpu="rtx5090").manifest
+    assert [engine.capabilities for engine in manifest.engines] == [("8.9",), ("12.0",)]
+    assert manifest.recipe.gpu == "8.9,12.0"
+    assert before.items() <= {record.path: record.sha256 for record in open_bundle(bundle).manifest.files}.items()
+
+
+@pytest.mark.parametrize("form", ["maverick", "guard", "topk2"])
+def test_every_form_builds(tiny_bundle: TinyBundle, tmp_path: Path, form: str) -> None:
+    shutil.copytree(tiny_bundle(form, "tensorrt-rtx", "int4"), tmp_path / "bundle")
+    assert build_engines(tmp_path / "bundle", gpu="8.9").manifest.engines
+
+
+def test_a_quantized_weight_that_became_float_is_refused_and_the_engine_not_kept(
+    lowered: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float16 graph that claims to be int4 stands for a builder that dequantized on its own."""
+    bundle = tmp_path / "copy"
+    shutil.copytree(lowered("fp16"), bundle)
+    inputs, stored = build._read_graph(bundle / "decoder.onnx")
+    claimed = Counter({"INT4": stored["FLOAT16"] // 4, "FLOAT": stored["FLOAT"]})
+    monkeypatch.setattr(build, "_read_graph", lambda _: (inputs, claimed))
+    files = sorted(bundle.iterdir())
+    with pytest.raises(CheckFailed, match=r"holds \d+\.\d MB of weights, expected \d+\.\d MB within 15%"):
+        build_engines(bundle, gpu="8.9")
+    assert sorted(bundle.iterdir()) == files
+    assert open_bundle(bundle).manifest.stage == "lowered"
+
+
+def test_a_fallback_shows_by_type_even_where_the_size_would_pass() -> None:
+    kernels = (Kernel("k", "function", (), ()),)
+    good = Schedule(kernels, {"int4": 100, "half": 10}, 0)
+    bad = Schedule(kernels, {"int4": 20, "half": 90}, 0)
+    stored = Counter({"INT4": 100, "FLOAT16": 10})
+    build._check_weights(Path("a.engine"), [good, good], stored, 112, 110, 2)
+    with pytest.raises(CheckFailed, match="of int4 weights"):
+        build._check_weights(Path("a.engine"), [good, bad], stored, 112, 110, 2)
+
+
+def test_what_the_builder_refuses_is_said_in_its_words_and_leaves_nothing(tmp_path: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["": 24]> g (float[batch, 4] x) => (int64[2, n] y) { y = NonZero(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    profile = Profile(name="any", axes={"batch": (1, 2, 4)})
+    with pytest.raises(CheckFailed, match=r"tensorrt_rtx 1\.7\S* builds no engine of .*g\.onnx"):
+        build_engine(tmp_path / "g.onnx", "g.engine", module="tensorrt_rtx", capabilities=["8.9"], profiles=[profile])
+    assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
+
+
+def test_too_little_memory_is_said_before_the_build(lowered: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "usable_memory", lambda: 1 << 30)
+    with pytest.raises(EnvironmentProblem, match=r"takes up to 1\.\d GB of memory, and 1\.1 GB are free"):
+        build_engines(lowered("fp16"), gpu="8.9")
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [(None, "is not installed"), ("1.6.0.1", r"is 1\.6\.0\.1; this corral was written against 1\.7")],
+)
+def test_a_missing_or_other_package_ends_with_the_pip_line(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, says: str
+) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(EnvironmentProblem, match=says) as caught:
+        check_installed("tensorrt_rtx")
+    assert f'pip install "tensorrt-rtx-cu13=={FLAVORS["tensorrt_rtx"].version}"' in str(caught.value)
+
+
+def test_the_version_in_the_table_is_the_one_that_is_pinned_and_tested() -> None:
+    flavor = FLAVORS["tensorrt_rtx"]
+    assert metadata.version(flavor.distribution) == flavor.version
+    assert [name for name, other in FLAVORS.items() if other.executed] == ["tensorrt_rtx"]
+
+
+def test_tensorrt_proper_is_lowered_alike_and_its_build_asks_for_its_package(lowered: Lowered, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r'pip install "tensorrt=='):
+        compile(DEMO, tmp_path / "out", Recipe(target="tensorrt", weights="fp16", gpu="h100"))
+    assert not (tmp_path / "out").exists()
+    compile(DEMO, tmp_path / "out", Recipe(target="tensorrt", weights="fp16"))
+    assert (tmp_path / "out/decoder.onnx").read_bytes() == (lowered("fp16") / "decoder.onnx").read_bytes()
+
+
+def test_bundles_that_cannot_have_an_engine_are_refused(
+    tiny_bundle: TinyBundle, lowered: Lowered, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"for target cpu, which has no engines.*--target tensorrt-rtx or tensorrt"):
+        build_engines(tiny_bundle("scout", "cpu", "int4"), gpu="8.9")
+    with pytest.raises(InputError, match=r"does not say which GPU to build for\. Add --gpu"):
+        build_engines(lowered("fp16"))
+    with pytest.raises(InputError, match=r"builds no engines for compute capability 9\.0.*Use --target tensorrt"):
+        build_engines(lowered("fp16"), gpu="h100")
+
+
+def test_profiles_stay_within_a_chunk(lowered: Lowered) -> None:
+    manifest = open_bundle(lowered("fp16")).manifest
+    decode, prefill = profiles_for(manifest.recipe, manifest.kv)
+    assert decode.shapes(("batch", "tokens", 256)) == ((1, 1, 256), (1, 1, 256), (8, 1, 256))
+    assert prefill.shapes(("batch", "tokens")) == ((1, 1), (1, 128), (1, 128))
+    with pytest.raises(InputError, match="max_context is 1, expected at least 2"):
+        profiles_for(
+            dataclasses.replace(manifest.recipe, max_context=1),
+            [dataclasses.replace(kv, fixed_rows=1) for kv in manifest.kv],
+        )
