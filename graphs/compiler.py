@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from corral.exporter.export import export
+from corral.graphs.calibrate.calibrate import calibration_key
 from corral.graphs.engine.engines import build_engines
 from corral.graphs.engine.tensorrt_module import check_installed
 from corral.graphs.execute.execution import Execution
@@ -50,9 +51,10 @@ def compile(
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
     """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read."""
+    statistics = calibration_key(checkpoint, recipe)  # first: a text that does not do is told at once
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
-    work = ModelAndPlan(model, plan, checkpoint.config, recipe)
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe, statistics)
     for phase in phases(recipe.lowering):
         run_phase(phase, work)
     return work

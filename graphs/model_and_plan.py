@@ -22,6 +22,7 @@ class ModelAndPlan:
     plan: WeightPlan
     config: ModelConfig
     recipe: Recipe
+    statistics: str = ""  # the key of what the recipe's calibration text shows, where its method wants to know
 
     @property
     def graph(self) -> ir.Graph:
