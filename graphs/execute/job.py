@@ -96,7 +96,7 @@ def run_job(job: Job, read: ReadPiece) -> list[tuple[Output, bytes]]:
                 try:
                     results[key] = STEPS[step.name](value, **dict(step.args))
                 except InputError as error:
-                    raise InputError(f"{output.entry} {error}") from None
+                    raise InputError(f"{job.source.tensor} {error}") from None
             value = results[key][step.output] if step.output else results[key]
         data = np.ascontiguousarray(value).tobytes()
         if len(data) != output.nbytes:

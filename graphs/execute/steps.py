@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from corral.graphs.quantize.e4m3 import e4m3
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
-from corral.graphs.quantize.pack import pack_columns, pack_rows
+from corral.graphs.quantize.pack import pack_columns, pack_rows, pack_signed_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.spec.errors import InputError
 
@@ -58,6 +58,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "rtn": rtn,
     "as_published": as_published,
     "pack_rows": pack_rows,
+    "pack_signed_rows": pack_signed_rows,
     "pack_columns": pack_columns,
     "e4m3": e4m3,
     "pack_fragments": pack_fragments,
