@@ -19,7 +19,7 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.quantize.quantized_weight import find_quantized
-from corral.spec.weight_plan import Entry, Step, step
+from corral.spec.weight_plan import Entry, Step
 
 # Storage [inputs, outputs] -> [outputs, inputs] of the same numbers.
 BY_OUTPUT = {"pack_columns": "pack_signed_rows", "columns": "rows"}
@@ -71,7 +71,7 @@ def _joined(entries: Sequence[Entry]) -> Entry:
     """One entry [outputs, inputs] of the rows of all, in order."""
     first, layout = entries[0], entries[0].steps[-1]
     return dataclasses.replace(
-        first.with_layout(step(BY_OUTPUT[layout.name], **dict(layout.args))),
+        first.with_layout(dataclasses.replace(layout, name=BY_OUTPUT[layout.name])),
         name="+".join(entry.name for entry in entries),
         shape=(sum(entry.shape[1] for entry in entries), first.shape[0]),
         pieces=tuple(piece for entry in entries for piece in entry.pieces),
