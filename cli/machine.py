@@ -55,16 +55,20 @@ class Machine:
     disk_free_bytes: int
     packages: tuple[Package, ...]
     conflicts: tuple[tuple[str, ...], ...]  # distributions that overwrite each other
+    gpu: str = ""  # its name, where CUDA can use one
+    gpu_capability: str = ""  # "8.9"
+    gpu_problem: str = ""  # why none can be used
 
     def has(self, needed_by: str) -> bool:
         """Whether all packages that `needed_by` ("corral", "compile") asks for are there and new enough."""
         return all(package.ok for package in self.packages if package.needed_by == needed_by)
 
     def can_run(self, target: Target) -> bool:
-        versions = {package.name: package.installed for package in self.packages}
-        if target.engine:
-            return False  # this version of corral builds engines and does not run them
-        enough = all((found := versions.get(n)) and release(found) >= release(v) for n, v in target.requires)
+        if target.engine and self.gpu_capability not in target.capabilities:
+            return False
+        seen = {package.name: package.installed for package in self.packages}
+        versions = {name: seen.get(name, _version(name)) for name, _ in target.requires}
+        enough = all((found := versions[n]) and release(found) >= release(v) for n, v in target.requires)
         return enough and self.has("corral") and not self.conflicts
 
     @property
@@ -83,6 +87,7 @@ def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
     limit = _read(root / "sys/fs/cgroup/memory.max").strip()
     limits = [int(limit)] if limit.isdigit() else []
     found = set(flags[1].split()) if flags else set()
+    gpu, capability, problem = _gpu()
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -94,6 +99,9 @@ def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
         disk_free_bytes=shutil.disk_usage(here).free,
         packages=_packages(),
         conflicts=_conflicts({name for name in _installed() if name}),
+        gpu=gpu,
+        gpu_capability=capability,
+        gpu_problem=problem,
     )
 
 
@@ -117,6 +125,18 @@ def _can_build(engine: str) -> bool:
         return check_installed(engine).named_capabilities  # the other module needs the GPU that it builds for
     except EnvironmentProblem:
         return False
+
+
+def _gpu() -> tuple[str, str, str]:
+    """Name and compute capability of the GPU that engines would run on, or why there is none."""
+    from corral.runtime.cuda_device import CudaDevice
+    from corral.spec.errors import CorralError
+
+    try:
+        device = CudaDevice()
+    except CorralError as error:
+        return "", "", str(error)
+    return device.name, device.capability, ""
 
 
 def _packages() -> tuple[Package, ...]:
