@@ -32,6 +32,10 @@ class DeviceKvCache:
     def num_slots(self) -> int:
         return self._slots
 
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.bytes for buffer in (*self._keys, *self._values))
+
     def reserve(self, slots: int, tokens: int) -> None:
         """Make room for more sequences; `tokens` are bounded by the rows that there are."""
         if slots <= self._slots:

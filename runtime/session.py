@@ -43,6 +43,10 @@ class Caches(Protocol):
     @property
     def num_slots(self) -> int: ...
 
+    @property
+    def bytes(self) -> int:
+        """Memory taken."""
+
     def reserve(self, slots: int, tokens: int) -> None:
         """Make room for `slots` sequences of up to `tokens` tokens each; what is stored stays."""
 
