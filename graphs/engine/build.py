@@ -19,10 +19,10 @@ from typing import Any
 
 from corral.graphs.engine.profiles import Profile
 from corral.graphs.engine.schedule import Schedule, read_schedules, weight_bytes
-from corral.graphs.engine.tensorrt_module import FLAVORS
 from corral.graphs.engine.worker import Built, EngineJob
 from corral.spec.errors import CheckFailed, EnvironmentProblem
 from corral.spec.machine import usable_memory
+from corral.spec.tensorrt_flavors import FLAVORS
 
 PARTIAL = ".partial"
 # How far an engine's weights may be from what their bits say: a share of them, and bytes that lie around any weights.
