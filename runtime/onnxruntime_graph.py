@@ -6,6 +6,9 @@ memory, and GroupQueryAttention expects it. Nothing else in a graph reads `past_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +22,20 @@ from corral.spec.manifest import GraphRecord
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
 
 
+@dataclass(frozen=True)
+class Tap:
+    """A graph to open in place of the file's: the same with more `values` among its outputs, for who looks inside."""
+
+    model: bytes
+    values: tuple[str, ...]
+
+
 class OnnxRuntimeGraph:
     """Runs one range of layers. `mapped` leaves the weights in the file as they are: little memory, and slow kernels."""
 
-    def __init__(self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool) -> None:
+    def __init__(
+        self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool, tap: Tap | None = None
+    ) -> None:
         model = bundle.manifest.model
         self._layers = range(record.first_layer, record.end_layer)
         self._classes = {model.layers[i].kv_class for i in self._layers}
@@ -30,6 +43,8 @@ class OnnxRuntimeGraph:
         self._vocab_size = model.vocab_size
         # ONNX Runtime looks for external data beside the real file, and refuses symbolic links to it.
         self._where = str(bundle.path(record.path).resolve())
+        self._tap = tap
+        self.tapped: Mapping[str, np.ndarray[Any, Any]] = {}  # what the tap's values were in the last run
         self._ort = import_onnxruntime()
         self._session = self._open(provider, threads, mapped)
         self._check_names()
@@ -57,7 +72,13 @@ class OnnxRuntimeGraph:
             for name, array in inputs.items():
                 self._binding.bind_ortvalue_input(name, self._ort_value(array))
             self._binding.bind_ortvalue_output(self._output_name, self._ort_value(output))
+            if self._tap:
+                for name in self._tap.values:
+                    self._binding.bind_output(name)
             self._session.run_with_iobinding(self._binding)
+            if self._tap:
+                bound = self._binding.get_outputs()[-len(self._tap.values) :]  # in the order in which they were bound
+                self.tapped = {name: v.numpy() for name, v in zip(self._tap.values, bound, strict=True)}
         except Exception as error:
             raise self._run_error(error) from None
         return output
@@ -97,8 +118,12 @@ class OnnxRuntimeGraph:
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # which would keep the largest scratch of each stage
+        if self._tap:
+            folder = str(Path(self._where).parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            return self._ort.InferenceSession(self._where, options, providers=[PROVIDERS[provider]])
+            model = self._tap.model if self._tap else self._where
+            return self._ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
         except Exception as error:
             if _out_of_memory(error):
                 raise EnvironmentProblem(f"{self._where} does not fit into memory: {_first_line(error)}") from None
@@ -112,7 +137,7 @@ class OnnxRuntimeGraph:
         inputs |= {graph_io.LOGIT_ROWS} if self._last else set()
         inputs |= {graph_io.past_length(kv_class) for kv_class in self._classes}
         inputs |= {name(i) for i in self._layers for name in (graph_io.past_key, graph_io.past_value)}
-        outputs = {self._output_name}
+        outputs = {self._output_name, *(self._tap.values if self._tap else ())}
         outputs |= {name(i) for i in self._layers for name in (graph_io.present_key, graph_io.present_value)}
         for kind, expected, found in (
             ("inputs", inputs, {value.name for value in self._session.get_inputs()}),

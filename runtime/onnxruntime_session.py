@@ -8,13 +8,18 @@ touched (of the experts only the chosen ones'), and each step takes many times l
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
-from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph
+from numpy.typing import NDArray
+
+from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph, Tap
 from corral.runtime.requirements import check_requirements
 from corral.runtime.session import Float32, Step
 from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
 from corral.spec.machine import usable_cores, usable_memory
+from corral.spec.manifest import GraphRecord
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +28,19 @@ WEIGHTS_SHARE = 0.8
 
 
 class OnnxRuntimeSession:
-    """Runs a bundle's graphs with one execution provider. Not for several threads at a time."""
+    """Runs a bundle's graphs with one execution provider. Not for several threads at a time.
 
-    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
+    `tap` gives for each graph the one to open in its place, whose further values are in `tapped` after each run.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        tap: Callable[[GraphRecord], Tap] | None = None,
+    ) -> None:
         check_requirements(bundle.manifest.requires)
         if provider not in PROVIDERS:
             raise InputError(f"provider is {provider!r}, expected one of {', '.join(PROVIDERS)}.")
@@ -34,7 +49,14 @@ class OnnxRuntimeSession:
         _check_stages(bundle)
         mapped = not _fits(bundle)
         self._graphs = [
-            OnnxRuntimeGraph(bundle, record, provider=provider, threads=threads or usable_cores(), mapped=mapped)
+            OnnxRuntimeGraph(
+                bundle,
+                record,
+                provider=provider,
+                threads=threads or usable_cores(),
+                mapped=mapped,
+                tap=tap(record) if tap else None,
+            )
             for record in bundle.manifest.graphs
         ]
 
@@ -43,6 +65,11 @@ class OnnxRuntimeSession:
         for graph in self._graphs:
             hidden = graph.run(step, hidden)
         return hidden
+
+    @property
+    def tapped(self) -> dict[str, NDArray[Any]]:
+        """The values that `tap` asked for, of the last run, by name."""
+        return {name: value for graph in self._graphs for name, value in graph.tapped.items()}
 
     def release(self) -> None:
         for graph in self._graphs:

@@ -9,7 +9,9 @@ from typing import Any
 
 from corral.validate.accuracy import Accuracy
 from corral.validate.latency import Latency
+from corral.validate.layers import Fidelity, LayerByLayer
 from corral.validate.statistics import Distribution, Estimate, Spread
+from corral.validate.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class CandidateResult:
     bytes: int
     accuracy: Accuracy
     latency: Latency | None
+    insides: LayerByLayer | None = None  # where asked for
+    verdict: Verdict | None = None  # the part that is broken; None where none is, or nobody looked
 
     def to_json(self) -> dict[str, Any]:
         accuracy = self.accuracy
@@ -66,6 +70,8 @@ class CandidateResult:
             **_estimate("perplexity", accuracy.perplexity),
             **_estimate("perplexity_ratio", accuracy.perplexity_ratio),
             **_latency(self.latency),
+            "insides": _insides(self.insides) if self.insides else None,
+            "verdict": _verdict(self.verdict) if self.verdict else None,
         }
 
 
@@ -83,6 +89,40 @@ class Report:
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "measured": dataclasses.asdict(self.measured),
         }
+
+
+def _insides(insides: LayerByLayer) -> dict[str, Any]:
+    return {
+        "tokens": insides.tokens,
+        "embeddings": _fidelity(insides.embeddings),
+        "layers": [
+            {
+                "layer": layer.layer,
+                "attention": _fidelity(layer.attention),
+                "router": _fidelity(layer.router) if layer.router else None,
+                "router_agreement": layer.router_agreement,
+                "expert_coverage": layer.expert_coverage,
+                "feed_forward": _fidelity(layer.feed_forward),
+                "experts": [
+                    {"expert": e.expert, "tokens": e.tokens, "both": e.both, **_fidelity(e.answer)}
+                    for e in layer.experts
+                ],
+                "after": _fidelity(layer.after),
+            }
+            for layer in insides.layers
+        ],
+        "logits": _fidelity(insides.logits),
+    }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    data = dataclasses.asdict(verdict)
+    del data["found"]
+    return {**data, **_fidelity(verdict.found), "words": str(verdict)}
+
+
+def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
+    return {"signal_to_noise": _number(fidelity.signal_to_noise), "gain": _number(fidelity.gain)}
 
 
 def _estimate(name: str, value: Estimate | Distribution) -> dict[str, Any]:
