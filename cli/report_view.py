@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from corral.validate.latency import Latency
     from corral.validate.layers import Fidelity
     from corral.validate.report import CandidateResult, Report
+    from corral.validate.statistics import Quantile
 
 COLUMNS = ("build", "size>", "KL, nats>", "same top-1>", "perplexity>", "tokens/s>", "first token>")
 LAYER_COLUMNS = (
@@ -60,7 +61,31 @@ def show_report(report: Report, names: Mapping[str, str] | None = None) -> None:
         f"{measured.decode_tokens} out, batch 1, {measured.provider}, "
         f"{measured.threads} thread{'s' if measured.threads > 1 else ''}."
     )
+    greedy = [f"{c.name} {c.greedy.median:g}" for c in report.candidates]
+    tokens = report.candidates[0].greedy.tokens if report.candidates else 0
+    click.echo(
+        f"   Greedy text, tokens alike before the first that differs (median, of {tokens}): {', '.join(greedy)}.\n"
+    )
+    print_table(latency_table(report, names))
     _show_insides(report)
+
+
+def latency_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
+    """One row for each build that was timed: percentiles with their 95 % confidence intervals."""
+    rows = [
+        ((names or {}).get(result.name, result.name), *map(_milliseconds, (seen.p50, seen.p95, seen.p99)), first)
+        for result in (report.reference, *report.candidates)
+        if result.latency
+        for seen, first in [(result.latency.between_tokens, _milliseconds(result.latency.first_tokens.p50))]
+    ]
+    return Table(columns=("ms", "a token, p50>", "p95>", "p99>", "first token, p50>"), rows=rows)
+
+
+def _milliseconds(found: Quantile | None) -> str:
+    if found is None:
+        return "too few samples"
+    value, low, high = (1000 * seconds for seconds in (found.value, found.low, found.high))
+    return f"{value:.2f} ({low:.2f}{DASH}{high:.2f})"
 
 
 def layers_table(candidate: CandidateResult) -> Table:

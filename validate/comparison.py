@@ -13,6 +13,7 @@ from corral.spec.progress import Progress, silent
 from corral.validate import latency
 from corral.validate.accuracy import measure_accuracy
 from corral.validate.build import Build, open_build
+from corral.validate.greedy import measure_greedy
 from corral.validate.insides import look_into
 from corral.validate.latency import measure_latency
 from corral.validate.layers import LayerByLayer, measure_layers
@@ -66,6 +67,9 @@ def compare(
     # The longest window: a text shorter than the prompt gives a shorter prompt.
     prompt = max(windows, key=len)[:prompt_tokens]
     latencies = measure_latency(builds, prompt, tokens=decode_tokens, repeats=repeats, progress=progress)
+    greedy = measure_greedy(
+        builds[0], builds[1:], windows, prompt_tokens=len(prompt), tokens=decode_tokens, progress=progress
+    )
     insides: list[LayerByLayer | None] = [None for _ in candidates]
     if inside:
         how: dict[str, Any] = {"provider": provider, "threads": threads}
@@ -88,10 +92,13 @@ def compare(
                 bytes=build.bytes,
                 accuracy=accuracy,
                 latency=speed,
+                greedy=text,
                 insides=found,
                 verdict=locate(found, builds[0].config) if found else None,
             )
-            for build, accuracy, speed, found in zip(builds[1:], accuracies, latencies[1:], insides, strict=True)
+            for build, accuracy, speed, text, found in zip(
+                builds[1:], accuracies, latencies[1:], greedy, insides, strict=True
+            )
         ),
         measured=Measured(
             predictions=sum(len(w) - 1 for w in windows),

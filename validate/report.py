@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corral.validate.accuracy import Accuracy
+from corral.validate.greedy import GreedyDivergence
 from corral.validate.latency import Latency
 from corral.validate.layers import Fidelity, LayerByLayer
 from corral.validate.statistics import Distribution, Estimate, Spread
@@ -56,6 +57,7 @@ class CandidateResult:
     bytes: int
     accuracy: Accuracy
     latency: Latency | None
+    greedy: GreedyDivergence
     insides: LayerByLayer | None = None  # where asked for
     verdict: Verdict | None = None  # the part that is broken; None where none is, or nobody looked
 
@@ -70,6 +72,7 @@ class CandidateResult:
             **_estimate("perplexity", accuracy.perplexity),
             **_estimate("perplexity_ratio", accuracy.perplexity_ratio),
             **_latency(self.latency),
+            "greedy_divergence": {**dataclasses.asdict(self.greedy), "median": self.greedy.median},
             "insides": _insides(self.insides) if self.insides else None,
             "verdict": _verdict(self.verdict) if self.verdict else None,
         }
@@ -132,9 +135,12 @@ def _estimate(name: str, value: Estimate | Distribution) -> dict[str, Any]:
 def _latency(latency: Latency | None) -> dict[str, Any]:
     if latency is None:
         return {}
-    return _spread("tokens_per_second", latency.tokens_per_second) | _spread(
-        "time_to_first_token", latency.time_to_first_token
-    )
+    return {
+        **_spread("tokens_per_second", latency.tokens_per_second),
+        **_spread("time_to_first_token", latency.time_to_first_token),
+        "first_tokens": dataclasses.asdict(latency.first_tokens),
+        "between_tokens": dataclasses.asdict(latency.between_tokens),
+    }
 
 
 def _spread(name: str, value: Spread) -> dict[str, Any]:

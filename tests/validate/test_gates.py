@@ -7,6 +7,7 @@ import pytest
 from corral.spec.errors import CheckFailed, InputError
 from corral.validate.accuracy import Accuracy
 from corral.validate.gates import GATES, check_gates
+from corral.validate.greedy import GreedyDivergence
 from corral.validate.report import CandidateResult, Measured, ReferenceResult, Report
 from corral.validate.statistics import Distribution, Estimate
 
@@ -23,7 +24,11 @@ def report(*, kl: float = 0.01, top1: float = 0.95, ratio: float = 1.01) -> Repo
         reference=ReferenceResult(
             name="fp32", kind="bundle", bytes=8, perplexity=Estimate(5.0, math.nan), latency=None
         ),
-        candidates=(CandidateResult(name="int4", bytes=1, accuracy=accuracy, latency=None),),
+        candidates=(
+            CandidateResult(
+                name="int4", bytes=1, accuracy=accuracy, latency=None, greedy=GreedyDivergence(alike=(3,), tokens=3)
+            ),
+        ),
         measured=Measured(
             predictions=1, windows=1, window=2, prompt_tokens=1, decode_tokens=2, repeats=1, threads=1, provider="cpu"
         ),
