@@ -55,6 +55,6 @@ def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
     work = ModelAndPlan(model, plan, checkpoint.config, recipe, statistics)
-    for phase in phases(recipe.target):
+    for phase in phases(recipe.lowering):
         run_phase(phase, work)
     return work

@@ -65,7 +65,7 @@ def lower_stage(
     how = Execution(jobs=jobs, ray=ray)
     check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "quantized", recipe, progress)
-    run_phase(LOWER[recipe.target], work)
+    run_phase(LOWER[recipe.lowering], work)
     return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 
 

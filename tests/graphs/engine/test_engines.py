@@ -95,8 +95,8 @@ def test_int4_is_multiplied_without_a_float_copy_but_for_the_chosen_experts(buil
             for layer in kernel["layers"]
             if layer.endswith(".MatMul") and any(other.endswith("DequantizeLinear") for other in kernel["layers"])
         }
-        attention = {f"layers.{i}.self_attn.{x}_proj" for i in range(4) for x in "qkvo"}
-        shared = {f"layers.{i}.feed_forward.shared_expert.{x}_proj" for i in range(4) for x in ("gate", "up", "down")}
+        attention = {f"layers.{i}.self_attn{x}" for i in range(4) for x in ("", ".o_proj")}
+        shared = {f"layers.{i}.feed_forward.shared_expert{x}" for i in range(4) for x in ("", ".down_proj")}
         assert fused == attention | shared | {"lm_head"}
         assert len(profile["unfused_weights"]) == 4
         for kernel in profile["unfused_weights"]:
