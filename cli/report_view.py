@@ -13,7 +13,7 @@ from corral.cli.tables import Table, print_table
 if TYPE_CHECKING:
     from corral.validate.latency import Latency
     from corral.validate.layers import Fidelity
-    from corral.validate.report import CandidateResult, Report
+    from corral.validate.report import CandidateResult, ReferenceResult, Report
     from corral.validate.statistics import Quantile
 
 COLUMNS = ("build", "size>", "KL, nats>", "same top-1>", "perplexity>", "tokens/s>", "first token>")
@@ -72,11 +72,15 @@ def show_report(report: Report, names: Mapping[str, str] | None = None) -> None:
 
 def latency_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
     """One row for each build that was timed: percentiles with their 95 % confidence intervals."""
+    timed: list[ReferenceResult | CandidateResult] = [report.reference, *report.candidates]
     rows = [
-        ((names or {}).get(result.name, result.name), *map(_milliseconds, (seen.p50, seen.p95, seen.p99)), first)
-        for result in (report.reference, *report.candidates)
+        (
+            (names or {}).get(result.name, result.name),
+            *(_milliseconds(getattr(result.latency.between_tokens, share)) for share in ("p50", "p95", "p99")),
+            _milliseconds(result.latency.first_tokens.p50),
+        )
+        for result in timed
         if result.latency
-        for seen, first in [(result.latency.between_tokens, _milliseconds(result.latency.first_tokens.p50))]
     ]
     return Table(columns=("ms", "a token, p50>", "p95>", "p99>", "first token, p50>"), rows=rows)
 

@@ -7,7 +7,7 @@ adds to the residual stream there, its noise what the candidate adds differently
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from corral.validate.insides import Insides, Look
 
 TOKENS = 4096  # are looked at, at most: whole windows
 Floats = NDArray[np.float64]
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # of the reference, of the candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +115,11 @@ class _Layer:
         self.tokens = np.zeros((2, self.answers.buckets), np.int64)  # the reference sends, both send
         self.seen = self.agreed = 0
 
-    def add(
-        self, before: tuple[NDArray[np.float32], ...], insides: tuple[Insides, Insides]
-    ) -> tuple[NDArray[np.float32], ...]:
+    def add(self, before: Pair, insides: tuple[Insides, Insides]) -> Pair:
         """Count a window, given the residual stream before the layer in both builds; returns the one behind it."""
 
-        def both(part: str) -> tuple[NDArray[np.float32], ...]:
-            return tuple(inside[f"layers.{self.layer}.{part}"] for inside in insides)
+        def both(part: str) -> Pair:
+            return _both(insides, f"layers.{self.layer}.{part}")
 
         between, after = both("between"), both("after")
         self.positions.add(*_minus(between, before), np.arange(len(after[0])))
@@ -134,7 +133,7 @@ class _Layer:
         self.after.add(*after)
         return after
 
-    def _add_experts(self, answers: tuple[NDArray[np.float32], ...], logits: tuple[NDArray[np.float32], ...]) -> None:
+    def _add_experts(self, answers: Pair, logits: Pair) -> None:
         ours, theirs = (np.sort(np.argsort(-row, axis=1, kind="stable")[:, : self.k], axis=1) for row in logits)
         same = (ours == theirs).all(axis=1)
         self.seen, self.agreed = self.seen + len(same), self.agreed + int(same.sum())
@@ -178,7 +177,8 @@ def measure_layers(
         embeddings.add(*stream)
         for layer in layers:
             stream = layer.add(stream, insides)
-        logits.add(*(row - row.mean(axis=1, keepdims=True) for row in _both(insides, "logits")))
+        ours, theirs = _both(insides, "logits")
+        logits.add(ours - ours.mean(axis=1, keepdims=True), theirs - theirs.mean(axis=1, keepdims=True))
         done += len(window)
         progress("look inside", done, total, "tokens")
     return LayerByLayer(
@@ -189,11 +189,9 @@ def measure_layers(
     )
 
 
-def _both(insides: Sequence[Mapping[str, NDArray[np.float32]]], name: str) -> tuple[NDArray[np.float32], ...]:
-    return tuple(inside[name] for inside in insides)
+def _both(insides: tuple[Insides, Insides], name: str) -> Pair:
+    return insides[0][name], insides[1][name]
 
 
-def _minus(
-    ours: Sequence[NDArray[np.float32]], theirs: Sequence[NDArray[np.float32]]
-) -> tuple[NDArray[np.float32], ...]:
-    return tuple(a - b for a, b in zip(ours, theirs, strict=True))
+def _minus(a: Pair, b: Pair) -> Pair:
+    return a[0] - b[0], a[1] - b[1]
