@@ -71,21 +71,24 @@ def test_documented_commands_run(bundles: Path) -> None:
     assert "Output: layers.0.feed_forward.Add:0 is valid" in said["polygraphy run feed-forward.onnx"]
 
 
-def test_documented_reduction_finds_the_least_part(bundles: Path) -> None:
-    """With a check that is quicker than the documented one: it fails where the graph holds a CumSum."""
+def test_documented_reduction_finds_a_small_part(bundles: Path) -> None:
+    """With a check that is quicker than the documented one: it fails where the graph has one certain node."""
     import onnx
 
+    run(next(command for command in COMMANDS if "extract" in command), bundles)
     command = next(command for command in COMMANDS if "reduce" in command)
-    ends = command.index("--check") + 1
+    culprit = "layers.0.feed_forward.experts.CumSum"
     (bundles / "check.py").write_text(
         "import onnx, sys\n"
         "model = onnx.load('polygraphy_debug.onnx', load_external_data=False)\n"
-        "sys.exit(any(node.op_type == 'CumSum' for node in model.graph.node))\n"
+        f"sys.exit(any(node.name == '{culprit}' for node in model.graph.node))\n"
     )
 
-    run([*command[:ends], sys.executable, "check.py"], bundles)
+    run([*command[: command.index("--check") + 1], sys.executable, "check.py"], bundles)
 
-    assert [node.op_type for node in onnx.load(bundles / "least.onnx").graph.node] == ["CumSum"]
+    part, whole = (onnx.load(bundles / name).graph.node for name in ("part.onnx", "feed-forward.onnx"))
+    assert culprit in {node.name for node in part}
+    assert len(part) < len(whole) / 4
 
 
 def test_documented_check_builds_an_engine_without_a_gpu(bundles: Path) -> None:
