@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from corral.spec.errors import CorralError, EnvironmentProblem
 
-PIP = 'pip install "corral[tensorrt-rtx]"'  # cuda-bindings, in the version that goes with the rest
+PIP = 'pip install "cuda-bindings>=13.0,<13.1"'
 NO_GPU = ("cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorStubLibrary", "cudaErrorInitializationError")
 OUT_OF_MEMORY = "cudaErrorMemoryAllocation"
 

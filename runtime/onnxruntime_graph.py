@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from corral.kernels import find_library
-from corral.runtime.session import Cache, CacheView, Float32, Step
+from corral.runtime.session import CacheView, Float32, Step
 from corral.runtime.stage_io import stage_io
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle
@@ -22,7 +22,8 @@ from corral.spec.cpu_ops import LIBRARY
 from corral.spec.errors import CorralError, EnvironmentProblem, InputError
 from corral.spec.manifest import GraphRecord
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+# The last one takes what those before it have no kernel for.
+PROVIDERS = {"cpu": ("CPUExecutionProvider",), "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class OnnxRuntimeGraph:
         outputs = [value.name for value in self._session.get_outputs() if not tap or value.name not in tap.values]
         self._io.check(self._where, inputs, outputs)
         self._binding: Any = None
-        self._bound: CacheView[Cache] | None = None
+        self._bound: CacheView[Any] | None = None
 
     def run(self, step: Step, hidden_BSH: Float32) -> Float32:
         """Put `hidden_BSH`, rows of the embedding table or what the stage before gave, through these layers.
@@ -60,7 +61,7 @@ class OnnxRuntimeGraph:
         Returns the next stage's [B, S, H], or the last one's logits [B, R, V].
         """
         if step.caches is not self._bound:
-            self._bind_caches(step.caches)
+            self._bind_caches(step.caches, len(step.positions_BS))
         # OrtValues point at these arrays, so they must live until the run is over.
         inputs: dict[str, np.ndarray[Any, Any]] = {
             self._io.source: hidden_BSH,
@@ -90,14 +91,17 @@ class OnnxRuntimeGraph:
         """Let go of the caches of the last step, so that their memory can be freed."""
         self._binding = self._bound = None
 
-    def _bind_caches(self, caches: CacheView[Cache]) -> None:
+    def _bind_caches(self, caches: CacheView[Any], batch: int) -> None:
         self._binding, self._bound = self._session.io_binding(), caches
-        for layer in self._io.layers:
-            key, value = self._ort_value(caches.keys[layer]), self._ort_value(caches.values[layer])
-            self._binding.bind_ortvalue_input(graph_io.past_key(layer), key)
-            self._binding.bind_ortvalue_output(graph_io.present_key(layer), key)
-            self._binding.bind_ortvalue_input(graph_io.past_value(layer), value)
-            self._binding.bind_ortvalue_output(graph_io.present_value(layer), value)
+        for i in self._io.layers:
+            self._bind_cache(i, graph_io.past_key(i), graph_io.present_key(i), caches.keys[i], batch)
+            self._bind_cache(i, graph_io.past_value(i), graph_io.present_value(i), caches.values[i], batch)
+
+    def _bind_cache(self, layer: int, past: str, present: str, rows: Any, batch: int) -> None:
+        """Bind one of a layer's caches, of `batch` sequences, as input and output."""
+        value = self._ort_value(rows)
+        self._binding.bind_ortvalue_input(past, value)
+        self._binding.bind_ortvalue_output(present, value)
 
     def _ort_value(self, array: np.ndarray[Any, Any]) -> Any:
         # ONNX Runtime copies what is not contiguous, and then nothing would be written to our memory.
@@ -125,7 +129,7 @@ class OnnxRuntimeGraph:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             model = self._tap.model if self._tap else self._where
-            return self._ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
+            return self._ort.InferenceSession(model, options, providers=list(PROVIDERS[provider]))
         except Exception as error:
             if _out_of_memory(error):
                 raise EnvironmentProblem(f"{self._where} does not fit into memory: {_first_line(error)}") from None

@@ -23,6 +23,7 @@ class Target:
     opset: int  # of the default ONNX domain
     kernels: tuple[str, ...] = ("stock",)  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4
     kv_dtype: str = "float32"  # of the caches
+    provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -55,6 +56,15 @@ TARGETS = {
             requires=(("onnxruntime", "1.31"),),
             opset=24,
             kernels=("stock", "corral"),
+        ),
+        Target(
+            name="cuda",
+            description="ONNX Runtime's CUDA kernels: QMoE, MatMulNBits, GroupQueryAttention in 16 bits",
+            weights=("int4",),
+            requires=(("onnxruntime-gpu", "1.31"), ("cuda-bindings", "13.0")),
+            opset=24,
+            kv_dtype="float16",
+            provider="cuda",
         ),
         Target(
             name="tensorrt-rtx",
