@@ -161,7 +161,7 @@ def _import_cuda() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise EnvironmentProblem(
-            f"engines run through the package cuda-bindings, and it does not import: {error}. Run `{PIP}`."
+            f"GPUs are used through the package cuda-bindings, and it does not import: {error}. Run `{PIP}`."
         ) from None
 
 

@@ -37,7 +37,8 @@ RTX_CAPABILITIES = {
 }
 # What NVIDIA's support matrix says of TensorRT 11. Nothing of it was tried: it needs a GPU to build.
 TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4"), "10.0": ("fp16", "int4")}
-
+# What onnxruntime-gpu 1.31.1 holds code for: read from its library, nothing of it tried.
+CUDA_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "12.0")
 
 TARGETS = {
     target.name: target
@@ -107,7 +108,7 @@ def check_capability(target: Target, capability: str, weights: str) -> None:
         )
     if capability not in target.capabilities:
         others = [other.name for other in TARGETS.values() if capability in other.capabilities]
-        others += [name for name in ("cuda",) if name in TARGETS]
+        others += ["cuda (without --gpu: it has no engines)"] if capability in CUDA_CAPABILITIES else []
         remedy = f"Use --target {' or '.join(others)} for it." if others else "No target of this version does."
         raise InputError(
             f"target {target.name} builds no engines for compute capability {capability}; "

@@ -20,8 +20,9 @@ def test_gpus_are_chosen_by_name_or_number_each_once_lowest_first() -> None:
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
-        ({"gpu": "h100"}, r"capability 9\.0; it builds for 8\.0.*Use --target tensorrt for it"),
-        ({"gpu": "7.5", "weights": "int4"}, r"no engines for compute capability 7\.5"),
+        ({"gpu": "h100"}, r"capability 9\.0; it builds for 8\.0.*Use --target tensorrt or cuda \(without --gpu"),
+        ({"gpu": "7.5", "weights": "int4"}, r"for compute capability 7\.5; .*Use --target cuda \(without --gpu"),
+        ({"gpu": "6.1"}, r"compute capability 6\.1.*No target of this version does"),
         ({"gpu": "rtx9999"}, r'gpu "rtx9999" is not known; expected a compute capability such as 8\.9, or one of'),
         ({"gpu": "8.9", "target": "cpu"}, r"takes no --gpu \(8\.9\).*tensorrt-rtx, tensorrt"),
         ({"weights": "int8"}, "target tensorrt-rtx does not take int8 weights; it takes fp16, int4"),

@@ -75,7 +75,12 @@ def test_caches_lie_where_the_device_says(tiny_bundle: TinyBundle, install: Inst
     llm = opened(bundle, device)
     used_of: list[int] = []
     wait = device.wait
-    device.wait = lambda: (wait(), used_of.append(sum(bool(block.any()) for block in device.memory.values())))
+
+    def look() -> None:
+        wait()
+        used_of.append(sum(bool(block.any()) for block in device.memory.values()))
+
+    device.wait = look
     kept = Bundle(bundle.directory, dataclasses.replace(bundle.manifest, requires={"onnxruntime": "1.31"}))
     want = LLM(kept, session=OnnxRuntimeSession(kept, threads=1), max_context=CONTEXT)
     np.testing.assert_allclose(logprobs(llm, ids(20)), logprobs(want, ids(20)), atol=5e-3)
@@ -113,10 +118,14 @@ def test_experts_are_chosen_in_float32(tiny_bundle: TinyBundle) -> None:
     assert {node.op_type for node in chosen} == {"MatMul"}  # the router's product itself, with no Cast between
 
 
-def test_without_a_gpu_or_its_package_the_remedy_is_said(tiny_bundle: TinyBundle, install: Install) -> None:
-    bundle = open_bundle(tiny_bundle("scout", "cuda", "int4"))
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_the_remedy_is_said(tiny_bundle: TinyBundle) -> None:
     with pytest.raises(EnvironmentProblem, match=r"finds no NVIDIA GPU.*--target cpu"):
-        LLM(bundle)
+        LLM(tiny_bundle("scout", "cuda", "int4"))
+
+
+def test_without_its_package_the_pip_lines_are_said(tiny_bundle: TinyBundle, install: Install) -> None:
+    bundle = open_bundle(tiny_bundle("scout", "cuda", "int4"))
     with pytest.raises(
         EnvironmentProblem, match=r"no CUDA provider\. Run `pip uninstall onnxruntime`, then `pip install"
     ):
