@@ -11,6 +11,7 @@ from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import check_out
 from corral.graphs.pipeline import phases, run_phase
+from corral.graphs.quantize.calibrate import activation_ranges
 from corral.graphs.write_bundle import write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint
@@ -47,10 +48,10 @@ def compile(
 
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
-    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read."""
+    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read (for FP8: run on a text)."""
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
-    work = ModelAndPlan(model, plan, checkpoint.config, recipe)
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe, activation_ranges(checkpoint, recipe))
     for phase in phases(recipe.target):
         run_phase(phase, work)
     return work

@@ -30,5 +30,7 @@ def stored_as(entry: Entry) -> str:
     for step in entry.steps:
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
+            if step.name == "fp8":
+                return "fp8"
             return f"int{args['bits']} g{args['group_size']}"
     return entry.dtype

@@ -12,6 +12,7 @@ from corral.graphs.lower.onnxruntime.moe import lower_moe
 from corral.graphs.lower.tensorrt import attention as tensorrt_attention
 from corral.graphs.lower.tensorrt import moe as tensorrt_moe
 from corral.graphs.lower.tensorrt.capacity import fix_capacity
+from corral.graphs.lower.tensorrt.fp8 import lower_fp8_matmul
 from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
 from corral.graphs.lower.tensorrt.precision import lower_precision
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
@@ -40,6 +41,7 @@ TENSORRT = Phase(
         fix_capacity,
         tensorrt_attention.lower_attention,
         tensorrt_moe.lower_moe,
+        lower_fp8_matmul,
         gather_logit_rows,
         clean_up,
         lower_precision,

@@ -32,7 +32,7 @@ TENSOR = re.compile(
 )
 REGION = re.compile(rb"\n  region = \{ name=(?P<name>\S+) size=(?P<bytes>\d+) [^\n]*?type=user place=accelerator")
 WEIGHTS = re.compile(r"__mye\d+-consts")
-BITS = {"float": 32, "half": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4, "int64": 64, "int32": 32, "bool": 8}
+BITS = {"float": 32, "half": 16, "bfloat16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "int64": 64, "int32": 32, "bool": 8}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.graphs.quantize.fp8 import fp8
 from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.spec.errors import InputError
@@ -17,6 +18,7 @@ NUMPY_TYPE: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
+    "float8e4m3fn": ml_dtypes.float8_e4m3fn,
 }
 
 
@@ -45,6 +47,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "rows": rows,
     "columns": columns,
     "rtn": rtn,
+    "fp8": fp8,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
     "interleave_halves": interleave_halves,

@@ -1,5 +1,7 @@
 """The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
 
+FP8 has one scale an output and becomes Mul(DequantizeLinear(codes, constant), gains).
+
 Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
 """
 
@@ -7,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx_ir as ir
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.quantize.fp8 import BASE
 from corral.graphs.quantize.kinds import kind_of
 from corral.spec.errors import InputError
 from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
@@ -23,7 +27,9 @@ def quantize_weights(work: ModelAndPlan) -> bool:
     if scheme.bits is None:
         return False
     for entry in list(work.plan):
-        if kind_of(entry.weight).quantized:
+        if kind_of(entry.weight).quantized and scheme.is_float:
+            _quantize_fp8(work, entry, scheme.dtype)
+        elif kind_of(entry.weight).quantized:
             _quantize(work, entry, scheme.bits, scheme.dtype)
     return True
 
@@ -51,13 +57,35 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
         cut_multiple=group,
     )
     weight = work.graph.initializers[entry.name]
-    users = [use.node for use in weight.uses()]
     values = work.replace_weight(entry, codes, scales)
-    dequantize = ir.node(
-        "DequantizeLinear",
-        values,
-        {"axis": len(entry.shape) - 2, "block_size": group},
-        metadata_props={SCOPE: entry.name},
+    attributes = {"axis": len(entry.shape) - 2, "block_size": group}
+    _replace(work, weight, ir.node("DequantizeLinear", values, attributes, metadata_props={SCOPE: entry.name}))
+
+
+def _quantize_fp8(work: ModelAndPlan, entry: Entry, dtype: str) -> None:
+    if entry.steps[-1].name != "columns":
+        raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
+    codes = dataclasses.replace(
+        entry.with_layout(step("fp8", output="codes"), step("columns", dtype=dtype)),
+        name=f"{entry.name}.codes",
+        dtype=dtype,
     )
-    work.graph.insert_before(users[0], dequantize)
-    weight.replace_all_uses_with(dequantize.outputs[0])
+    gains = dataclasses.replace(
+        entry.with_layout(step("fp8", output="gains"), step("columns", dtype="float32")),
+        name=f"{entry.name}.gains",
+        shape=(*entry.shape[:-2], 1, entry.shape[-1]),
+        parameters=0,
+    )
+    weight = work.graph.initializers[entry.name]
+    stored, gain = work.replace_weight(entry, codes, gains)
+    base = work.constant(ir.tensor(np.array(BASE, np.float32), name="fp8_base"))
+    names = {SCOPE: entry.name}
+    dequantize = ir.node("DequantizeLinear", [stored, base], metadata_props=names)
+    _replace(work, weight, dequantize, ir.node("Mul", [dequantize.outputs[0], gain], metadata_props=dict(names)))
+
+
+def _replace(work: ModelAndPlan, weight: ir.Value, *nodes: ir.Node) -> None:
+    """Put nodes before the first use of `weight`, and the result of the last in its place."""
+    users = [use.node for use in weight.uses()]
+    work.graph.insert_before(users[0], nodes)
+    weight.replace_all_uses_with(nodes[-1].outputs[0])

@@ -105,6 +105,26 @@ def test_int4_is_multiplied_without_a_float_copy_but_for_the_chosen_experts(buil
             assert sum(tensor["known_bytes"] for tensor in kernel["writes"]) == 3 * 256 * 256 * 2
 
 
+def test_fp8_is_multiplied_as_fp8_and_experts_are_gathered_as_such(built: Callable[[str, str], Path]) -> None:
+    about = sidecar(built("fp8", "8.9,12.0"))
+    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.15
+    for profile in about["profiles"]:
+        assert profile["weights"]["fp8_e4m3"] > 0.95 * about["expected_weight_bytes"]
+        assert not profile["unfused_weights"]
+        products = {
+            layer: kernel["layers"]
+            for kernel in profile["kernels"]
+            for layer in kernel["layers"]
+            if "MatMul" in layer and ".router." not in layer
+        }
+        assert len(products) == 4 * (4 + 3 + 2) + 1  # attention, shared expert, experts; the head
+        for layers in products.values():
+            assert any(layer.endswith("DequantizeLinear") for layer in layers), layers
+        gathers = [k for k in profile["kernels"] if k["name"].endswith("GathGath")]
+        written = [(tensor["shape"][-2:], tensor["type"]) for kernel in gathers for tensor in kernel["writes"]]
+        assert written.count(([256, 512], "fp8_e4m3")) == written.count(([256, 256], "fp8_e4m3")) == 4
+
+
 def test_two_builds_are_equal_and_a_second_gpu_is_added_beside_the_first(
     built: Callable[[str, str], Path], tmp_path: Path
 ) -> None:

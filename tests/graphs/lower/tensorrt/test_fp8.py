@@ -1,0 +1,125 @@
+"""FP8: the quantizer against torch's own type, and the graph that TensorRT is given against PyTorch that rounds likewise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor, nn
+
+from corral.graphs import compile
+from corral.graphs.quantize.calibrate import activation_ranges
+from corral.graphs.quantize.fp8 import BASE, LARGEST, fp8
+from corral.model.checkpoint.open import open_checkpoint
+from corral.model.checkpoint.reference import load_reference
+from corral.model.text import Experts, Llama4Text
+from corral.runtime import LLM
+from corral.runtime.onnxruntime_session import OnnxRuntimeSession
+from corral.spec.bundle import Bundle, open_bundle
+from corral.spec.errors import EnvironmentProblem, InputError
+from corral.spec.recipe import Recipe
+
+FP8 = Recipe(target="tensorrt-rtx", weights="fp8", max_context=128)
+Checkpoint = Callable[[str], Path]
+# Beyond 2**100 neither float32's range nor a model's weights reach; far below, gains would not be float16 numbers.
+numbers = st.floats(-(2.0**10), 2.0**10, width=32)
+
+
+@given(hnp.arrays(np.float32, (3, 16), elements=numbers))
+def test_codes_are_torchs_rounding_of_each_output_scaled_to_448(weight: np.ndarray) -> None:
+    stored = fp8(weight)
+    extreme = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    want = torch.tensor(weight * (np.float32(LARGEST) / extreme)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    np.testing.assert_array_equal(stored["codes"].view(np.uint8), want.view(torch.uint8).numpy())
+    value = stored["codes"].astype(np.float64) * BASE * stored["gains"]
+    # Four bits of mantissa with the hidden one; below 2**-6 of the type, steps of 2**-9.
+    assert (np.abs(value - weight) <= np.maximum(np.abs(weight) * 2.0**-4, extreme / 448 * 2.0**-10) * 1.001).all()
+
+
+def rounded(x: Tensor, scale: float | Tensor) -> Tensor:
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def per_output(matrix: Tensor) -> Tensor:
+    """[outputs, inputs], each output scaled by its own largest magnitude."""
+    return rounded(matrix, matrix.abs().amax(-1, keepdim=True) / 448)
+
+
+def fp8_reference(directory: Path) -> Llama4Text:
+    """The model with weights and matrix inputs rounded to FP8, in float32 otherwise."""
+    checkpoint = open_checkpoint(directory)
+    model, ranges = load_reference(checkpoint), activation_ranges(checkpoint, FP8)
+    scale = {name: float(np.float16(largest / 448)) for name, largest in ranges.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("router"):
+            module.weight.copy_(per_output(module.weight))
+            module.register_forward_pre_hook(lambda _, x, s=scale[name]: (rounded(x[0], s),))
+        elif isinstance(module, Experts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                weight.copy_(per_output(weight.transpose(1, 2)).transpose(1, 2))
+            _round_inputs(module, scale[f"{name}.input"], scale[f"{name}.activated"])
+    return model
+
+
+def _round_inputs(experts: Experts, first: float, second: float) -> None:
+    activated: Any = experts.activated
+    experts.activated = lambda e, x: rounded(activated(e, rounded(x, first)), second)  # type: ignore[method-assign]
+
+
+class BasicSession(OnnxRuntimeSession):
+    """Higher levels of optimization make graphs with FP8 invalid in ONNX Runtime 1.31."""
+
+    def _open(self, provider: str, threads: int) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return self._ort.InferenceSession(self._where, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("form", ["scout", "topk2", "guard"])
+def test_the_graph_computes_what_pytorch_computes_with_the_same_rounding(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, form: str
+) -> None:
+    """Where float16 and float32 round to different FP8 numbers, a logit moves by up to a step: so in the mean it is close."""
+    compile(tiny_checkpoint(form), tmp_path / "out", FP8)
+    bundle = open_bundle(tmp_path / "out")
+    bundle = Bundle(bundle.directory, dataclasses.replace(bundle.manifest, stage="ready"))
+    ids = np.random.default_rng(1).integers(0, 256, 37).tolist()
+    got = LLM(bundle, session=BasicSession(bundle), max_context=128).score(ids)
+    with torch.no_grad():
+        want = fp8_reference(tiny_checkpoint(form)).logits(torch.tensor([ids]))[0].numpy()
+        unrounded = load_reference(open_checkpoint(tiny_checkpoint(form))).logits(torch.tensor([ids]))[0].numpy()
+    error, effect = np.abs(got - want).mean(), np.abs(want - unrounded).mean()
+    assert error < 0.15 * effect  # FP8's own error is many times the disagreement about it
+    assert error < 2e-3 * np.abs(want).max()
+
+
+def test_every_matrix_has_a_range_and_experts_have_two(tiny_checkpoint: Checkpoint) -> None:
+    ranges = activation_ranges(open_checkpoint(tiny_checkpoint("maverick")), FP8)
+    for layer in range(5):
+        names = [f"layers.{layer}.self_attn.{x}_proj" for x in "qkvo"]
+        mlp = f"layers.{layer}.feed_forward"
+        names += [f"{mlp}.experts.input", f"{mlp}.experts.activated"] if layer % 2 else [f"{mlp}.down_proj"]
+        assert all(ranges[name] > 0 for name in names)
+    assert activation_ranges(open_checkpoint(tiny_checkpoint("maverick")), Recipe()) == {}
+
+
+def test_calibration_that_cannot_be_is_refused(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from corral.graphs.quantize import calibrate
+
+    with pytest.raises(InputError, match=r"has no tokenizer\.json, and FP8 is calibrated on a text"):
+        activation_ranges(open_checkpoint(Path("synthetic:debug")), FP8)
+    monkeypatch.setattr(calibrate, "usable_memory", lambda: 1000)
+    with pytest.raises(EnvironmentProblem, match="runs the whole model in float32"):
+        compile(tiny_checkpoint("guard"), tmp_path / "out", FP8)
+    assert not (tmp_path / "out").exists()
