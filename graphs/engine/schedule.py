@@ -11,10 +11,11 @@ import math
 import mmap
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+WINDOW = 16 << 20  # bytes without text after which there is none
 TEXT = re.compile(rb"[\t\n\r\x20-\x7e]{32,}")
 # Each schedule begins so; those within a kernel that is fused where the engine runs have no memory of a user's.
 SCHEDULE = re.compile(rb"\n  n_accelerators = ")
@@ -32,7 +33,17 @@ TENSOR = re.compile(
 )
 REGION = re.compile(rb"\n  region = \{ name=(?P<name>\S+) size=(?P<bytes>\d+) [^\n]*?type=user place=accelerator")
 WEIGHTS = re.compile(r"__mye\d+-consts")
-BITS = {"float": 32, "half": 16, "bfloat16": 16, "int8": 8, "fp8_e4m3": 8, "int4": 4, "int64": 64, "int32": 32, "bool": 8}
+BITS = {
+    "float": 32,
+    "half": 16,
+    "bfloat16": 16,
+    "int8": 8,
+    "fp8_e4m3": 8,
+    "int4": 4,
+    "int64": 64,
+    "int32": 32,
+    "bool": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -79,26 +90,24 @@ class Schedule:
 def read_schedules(engine: Path) -> list[Schedule]:
     """The schedules of an engine, in its profiles' order; empty where its text is not as expected."""
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        starts = [match.start() for match in SCHEDULE.finditer(plan)]
-        ends = [*starts[1:], _text_end(plan, starts[-1])] if starts else []
-        sections = [plan[start:end] for start, end in zip(starts, ends, strict=True)]
+        text = plan[: max((end for _, end in _texts(plan)), default=0)]
+    starts = [match.start() for match in SCHEDULE.finditer(text)]
+    sections = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=False)]
     return [_schedule(section) for section in sections if REGION.search(section[: section.find(HEAD_END)])]
 
 
 def weight_bytes(engine: Path) -> int:
     """Bytes of an engine that are not its schedules' text: its weights and very little else."""
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        return len(plan) - sum(match.end() - match.start() for match in TEXT.finditer(plan))
+        return len(plan) - sum(end - start for start, end in _texts(plan))
 
 
-def _text_end(plan: mmap.mmap, start: int) -> int:
-    """Where the last schedule ends: weights follow, and they are large."""
-    end = start
-    for match in TEXT.finditer(plan, start):
-        if match.start() - end > 4096:
-            break
-        end = match.end()
-    return end
+def _texts(plan: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Where text stands. Weights come after it, and are not searched to their end."""
+    position = 0
+    while match := TEXT.search(plan, position, min(len(plan), position + WINDOW)):
+        yield match.span()
+        position = match.end()
 
 
 def _schedule(text: bytes) -> Schedule:

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 LARGEST = 448.0  # of E4M3 (OCP 8-bit floating point, 2023, table 1)
 BASE = 2.0**-12
+SMALLEST = 2.0**-24
 
 
 def fp8(weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     """Quantize [outputs, inputs] to codes float8_e4m3fn [outputs, inputs] and gains float32 [outputs, 1], all positive."""
-    extreme = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    # Not below SMALLEST, so that the gain is a float16 number: what is smaller keeps its absolute precision.
+    extreme = np.maximum(np.abs(weight).max(axis=1, keepdims=True), np.float32(SMALLEST))
     codes = np.clip(weight * (np.float32(LARGEST) / extreme), -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn)
     return {"codes": codes, "gains": extreme / np.float32(LARGEST * BASE)}

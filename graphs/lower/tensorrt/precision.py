@@ -29,7 +29,9 @@ COMPUTED = (FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # FP8 is storage:
 WIDE_OPS = frozenset({"RMSNormalization", "RotaryEmbedding", "TopK"})
 # The decoder itself (angles, choice of rows), a layer itself (residual sums), norms, routers.
 WIDE_SCOPES = re.compile(r"|layers\.\d+|.*norm|.*\.router")
-NO_FLOAT = frozenset({"Shape", "Equal", "LessOrEqual", "QuantizeLinear"})  # operators whose result is no float though an input may be
+NO_FLOAT = frozenset(
+    {"Shape", "Equal", "LessOrEqual", "QuantizeLinear"}
+)  # operators whose result is no float though an input may be
 
 
 def lower_precision(work: ModelAndPlan) -> bool:
