@@ -69,12 +69,14 @@ def _quantize_fp8(work: ModelAndPlan, entry: Entry, dtype: str) -> None:
         entry.with_layout(step("fp8", output="codes"), step("columns", dtype=dtype)),
         name=f"{entry.name}.codes",
         dtype=dtype,
+        cut=None,  # an output's gain depends on all its inputs
     )
     gains = dataclasses.replace(
         entry.with_layout(step("fp8", output="gains"), step("columns", dtype="float32")),
         name=f"{entry.name}.gains",
         shape=(*entry.shape[:-2], 1, entry.shape[-1]),
         parameters=0,
+        cut=None,
     )
     weight = work.graph.initializers[entry.name]
     stored, gain = work.replace_weight(entry, codes, gains)
