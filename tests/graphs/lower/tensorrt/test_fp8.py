@@ -79,6 +79,7 @@ class BasicSession(OnnxRuntimeSession):
     def _open(self, provider: str, threads: int) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = 1
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         return self._ort.InferenceSession(self._where, options, providers=["CPUExecutionProvider"])
 
