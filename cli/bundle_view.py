@@ -10,7 +10,7 @@ import click
 from corral.cli.formats import count, size
 from corral.cli.tables import Table, print_json, print_table
 from corral.spec.bundle import Bundle
-from corral.spec.manifest import Manifest
+from corral.spec.manifest import CoverageRecord, Manifest
 
 # What to do with a bundle at a stage.
 NEXT = {
@@ -26,12 +26,18 @@ NEXT_WITHOUT_TOKENIZER = "corral validate CHECKPOINT {path} --token-ids FILE"
 def coverage_table(manifest: Manifest) -> Table:
     """How each kind of weight is stored."""
     rows = [
-        (record.kind, record.stored, f"{record.matrices:,}", count(record.parameters), size(record.bytes))
+        (record.kind, _stored(record), f"{record.matrices:,}", count(record.parameters), size(record.bytes))
         for record in manifest.coverage
     ]
     parameters, stored = sum(r.parameters for r in manifest.coverage), sum(r.bytes for r in manifest.coverage)
     total = ("total", "", f"{sum(r.matrices for r in manifest.coverage):,}", count(parameters), size(stored))
     return Table(columns=("weights", "stored as", "matrices>", "parameters>", "size>"), rows=[*rows, total])
+
+
+def _stored(record: CoverageRecord) -> str:
+    if not record.published:
+        return record.stored
+    return f"{record.stored}, " + ("as published" if record.stored == record.published else f"from {record.published}")
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:

@@ -17,9 +17,13 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 WIDEST = 100  # columns
 
 # Module -> what installs it. A base package can be missing, too, where somebody has uninstalled it.
-INSTALLED_BY = dict.fromkeys(
-    ("huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch"), "corral[compile]"
-) | dict.fromkeys(("jinja2", "numpy", "onnxruntime", "rich", "tokenizers"), "corral")
+INSTALLED_BY = (
+    dict.fromkeys(
+        ("huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch"), "corral[compile]"
+    )
+    | dict.fromkeys(("jinja2", "numpy", "onnxruntime", "rich", "tokenizers"), "corral")
+    | {"ray": "corral[ray]"}
+)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ def count(number: float) -> str:
     return next((f"{number / unit:.1f} {name}" for unit, name in COUNTS if number >= unit), f"{number:.0f}")
 
 
+def counted(number: int, noun: str) -> str:
+    """How many of what: (1, "layer") -> "1 layer", (48, "layer") -> "48 layers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def seconds(value: float) -> str:
     """A duration: 0.0091 -> "9.1 ms", 75 -> "75 s", 600 -> "10 min"."""
     if value >= 300:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ View = tuple[Any, Callable[[], None]]
 
 def _summary(bundle: Bundle, _: str | None) -> View:
     from corral.cli.bundle_view import coverage_table, next_command, summary
-    from corral.cli.formats import size
+    from corral.cli.formats import counted, size
     from corral.cli.tables import print_table
 
     manifest, model = bundle.manifest, bundle.manifest.model
@@ -66,23 +66,26 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     nope = sum(not layer.rope for layer in model.layers)
     rows = {
         "stage": manifest.stage,
-        "model": f"{model.num_layers} layers ({model.num_layers - nope} rope, {nope} nope), {experts}"
+        "model": f"{counted(model.num_layers, 'layer')} ({model.num_layers - nope} rope, {nope} nope), {experts}"
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size:,}",
         "recipe": ", ".join(f"{key} {value}" for key, value in manifest.recipe.to_json().items() if value),
+        "stages": "; ".join(
+            f"layers {graph.first_layer}-{graph.end_layer - 1} in {graph.path}" for graph in manifest.graphs
+        ),
         "engines": "; ".join(
             f"{engine.path} for {', '.join(engine.capabilities)} by {engine.built_with}" for engine in manifest.engines
         )
         or "none",
-        "size": f"{size(manifest.bytes)} in {len(manifest.files)} files",
+        "size": f"{size(manifest.bytes)} in {counted(len(manifest.files), 'file')}",
         "KV cache": "; ".join(
-            f"{kv.kv_class}: {len(kv.layers)} layers, {size(kv.row_bytes())} a token"
+            f"{kv.kv_class}: {counted(len(kv.layers), 'layer')}, {size(kv.row_bytes())} a token"
             + (f" up to {kv.chunk:,} tokens" if kv.chunk else "")
             for kv in manifest.kv
         ),
         "tokenizer": manifest.tokenizer or "none: token ids only",
         "chat": manifest.chat_template or "no chat template",
         "needs": ", ".join(f"{package} {least} or newer" for package, least in manifest.requires.items()),
-        "made by": f"corral {manifest.corral} from {manifest.source.get('name', 'an unnamed checkpoint')}",
+        "made by": f"corral {manifest.corral} from {_origin(manifest.source)}",
     }
 
     def show() -> None:
@@ -96,6 +99,12 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     more = {"model": model.to_json(), "kv": [dataclasses.asdict(kv) for kv in manifest.kv]}
     rest = {"tokenizer": manifest.tokenizer, "requires": manifest.requires, "source": manifest.source}
     return {**summary(bundle), **more, **rest, "corral": manifest.corral, "format": manifest.format}, show
+
+
+def _origin(source: Mapping[str, str]) -> str:
+    """The checkpoint's name, and of one from the Hub its commit."""
+    name = source.get("name", "an unnamed checkpoint")
+    return f"{name}@{source['revision']}" if "revision" in source else name
 
 
 def _coverage(bundle: Bundle, _: str | None) -> View:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from corral.cli.options import RECIPE_HELP, fresh_option, jobs_option, json_option, out_option
+from corral.cli.options import RECIPE_HELP, fresh_option, jobs_option, json_option, out_option, ray_option
 
 
 @click.command("lower")
@@ -14,9 +14,12 @@ from corral.cli.options import RECIPE_HELP, fresh_option, jobs_option, json_opti
 @out_option
 @click.option("--target", help=f"{RECIPE_HELP['target']}  [default: as given to quantize]")
 @jobs_option
+@ray_option
 @fresh_option
 @json_option
-def command(bundle: Path, out: Path, target: str | None, jobs: int | None, fresh: bool, as_json: bool) -> None:
+def command(
+    bundle: Path, out: Path, target: str | None, jobs: int | None, ray: str | None, fresh: bool, as_json: bool
+) -> None:
     """Stage 3 of compile: bring a quantized BUNDLE to its target and compute its weights."""
     import dataclasses
 
@@ -30,5 +33,5 @@ def command(bundle: Path, out: Path, target: str | None, jobs: int | None, fresh
         from corral.graphs.stages import lower_stage
 
         recipe = dataclasses.replace(recipe, target=target or recipe.target)
-        written = lower_stage(bundle, out, recipe, fresh=fresh, jobs=jobs, progress=progress)
+        written = lower_stage(bundle, out, recipe, fresh=fresh, jobs=jobs, ray=ray, progress=progress)
     show_written(written, as_json=as_json)

@@ -128,7 +128,7 @@ def _packages() -> tuple[Package, ...]:
     packages = []
     for line in lines:
         match = REQUIREMENT.match(line)
-        if match and match["extra"] in (None, "compile"):
+        if match and match["extra"] in (None, "compile", "ray"):
             packages.append(
                 Package(
                     name=match["name"],

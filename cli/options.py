@@ -17,16 +17,29 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 out_option = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+layers_option = click.option(
+    "--layers", metavar="A-B", help="Take only these layers, or the first N: the same as CHECKPOINT?layers=A-B."
+)
 fresh_option = click.option("--fresh", is_flag=True, help="Start over: replace what OUT holds of corral's.")
 jobs_option = click.option("--jobs", type=int, help="Processes that compute weights.  [default: as many as pay off]")
+ray_option = click.option("--ray", metavar="HOST:PORT", help="Compute weights on this Ray cluster, not here.")
 provider_option = click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime execution provider.")
 threads_option = click.option("--threads", type=int, help="CPU threads.  [default: one a physical core]")
+
+
+def part_of(checkpoint: Path, layers: str | None) -> Path:
+    """The checkpoint that CHECKPOINT and `--layers` name together."""
+    return checkpoint if layers is None else checkpoint.with_name(f"{checkpoint.name}?layers={layers}")
+
 
 # What the recipe's keys mean; a test holds it complete.
 RECIPE_HELP = {
     "target": f"Where it will run: {', '.join(TARGETS)}.",
     "weights": f"How weight matrices are stored: {', '.join(SCHEMES)}.",
     "method": f"How they are quantized: {', '.join(METHODS)}.",
+    "stages": "Ranges of layers, each with a graph and weight shards of its own.",
+    "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",
+    "requantize": "Quantize weights again that CHECKPOINT stores quantized in another way.",
     "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
     "max_context": "Of engines: tokens of a sequence.",
     "max_batch": "Of engines: sequences that decode together.",
@@ -37,12 +50,15 @@ RECIPE_HELP = {
 def recipe_options(command: F) -> F:
     """`--recipe FILE`, and an option for each key of a recipe; `chosen_recipe` reads them."""
     for field in reversed(dataclasses.fields(Recipe)):
+        flag = isinstance(field.default, bool)
         command = click.option(
             f"--{field.name.replace('_', '-')}",
             field.name,
             # Not click.Choice: a wrong value gets the answer that it gets in Python and in a recipe file.
             type=type(field.default),
-            help=f"{RECIPE_HELP[field.name]}  [default: {field.default or 'none'}]",
+            is_flag=flag,
+            default=None,  # so that a recipe file has its say
+            help=RECIPE_HELP[field.name] + ("" if flag else f"  [default: {field.default or 'none'}]"),
         )(command)
     return click.option(
         "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file with these options as keys."

@@ -93,12 +93,13 @@ def _find(checkpoint: Path) -> tuple[str, ModelConfig, str, list[str]]:
             )
         return preset.title, preset.model, preset.dtype, notes
     from corral.model.checkpoint import open_checkpoint
+    from corral.model.checkpoint.hub import hub_name
     from corral.model.checkpoint.names import EMBEDDING
 
-    if not checkpoint.exists() and not str(checkpoint).startswith("synthetic:"):
+    if not checkpoint.exists() and not str(checkpoint).startswith("synthetic:") and hub_name(checkpoint) is None:
         raise InputError(f"{checkpoint} is neither a checkpoint directory nor a preset; presets: {', '.join(PRESETS)}.")
-    source = open_checkpoint(checkpoint)
-    return checkpoint.name, source.config, source.info(EMBEDDING).dtype, []
+    source = open_checkpoint(checkpoint, weights=False)
+    return source.name, source.config, source.info(EMBEDDING).dtype, []
 
 
 def _exact(checkpoint: Path, target: str, weights: str, group_size: int) -> int:
@@ -108,9 +109,10 @@ def _exact(checkpoint: Path, target: str, weights: str, group_size: int) -> int:
     from corral.spec.recipe import Recipe
 
     preset = str(checkpoint) in PRESETS and not checkpoint.is_dir()
-    source = open_checkpoint(f"synthetic:{checkpoint}" if preset else checkpoint)
+    source = open_checkpoint(f"synthetic:{checkpoint}" if preset else checkpoint, weights=False)
     return sum(
-        entry.nbytes for entry in lower(source, Recipe(target=target, weights=weights, group_size=group_size)).plan
+        entry.nbytes
+        for entry in lower(source, Recipe(target=target, weights=weights, group_size=group_size, requantize=True)).plan
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corral.cli.formats import count, size
+from corral.cli.formats import count, seconds, size
 from corral.spec.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ def rate(unit: str, per_second: float | None) -> str:
         return ""
     written, behind = UNITS[unit]
     return f"{written(per_second)}{behind}/s"
+
+
+def time_left(left: float, per_second: float) -> str:
+    """How long it goes on at this speed: "12 min left"; "" where nobody knows, and at the end."""
+    return f"{seconds(left / per_second)} left" if left > 0 and per_second > 0 else ""
 
 
 @contextmanager
@@ -80,12 +85,20 @@ def plain_progress(
 ) -> Progress:
     """A Progress of whole lines, for logs and pipes."""
     last = clock()
+    began: dict[str, tuple[float, float]] = {}  # when, and what an earlier run had done: that does not count as speed
+    reached: dict[str, float] = {}
 
     def report(what: str, done: float, total: float, unit: str) -> None:
         nonlocal last
         now = clock()
+        if done < reached.get(what, float("inf")):  # new, or from the start again
+            began[what] = now, done
+        reached[what] = done
+        since, before = began[what]
         if now - last >= EVERY:
             last = now
-            write(f"{what} {amount(done, total, unit)}".rstrip())
+            speed = (done - before) / (now - since) if now > since else 0.0
+            parts = (amount(done, total, unit), rate(unit, speed), time_left(total - done, speed))
+            write(" ".join([what, ", ".join(filter(None, parts))]).rstrip())
 
     return report

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from corral.exporter.planned_tensor import replace_initializer
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.names import EMBEDDING, HEAD
+from corral.model.checkpoint.store import TensorInfo
 from corral.spec.weight_plan import Entry, Source, WeightPlan, step
 
 EMBEDDING_ENTRY = "embedding"  # the table is no graph's initializer: the runtime gathers from it
@@ -25,28 +26,29 @@ def bind_weights(model: ir.Model, checkpoint: Checkpoint) -> WeightPlan:
             initializer.name = "rope_frequencies"  # the one constant of the model that is a tensor
             initializer.const_value = ir.tensor(initializer.const_value.numpy(), name=initializer.name)
             continue
-        plan.add(entry := parameter_entry(name, checkpoint.info(name).shape, checkpoint.source(name)))
+        plan.add(entry := parameter_entry(name, checkpoint.info(name)))
         replace_initializer(graph, initializer, entry)
     plan.add(embedding_entry(checkpoint))
     return plan
 
 
-def parameter_entry(name: str, shape: tuple[int, ...], tensor: str) -> Entry:
+def parameter_entry(name: str, info: TensorInfo) -> Entry:
     """The entry that stores a parameter as the model has it, in float32.
 
     Vectors [N] and matrices [outputs, inputs] are one piece; fused experts [E, inputs, outputs] one piece an expert.
     """
+    shape, tensor = info.shape, info.name
     pieces: tuple[Source, ...]
     if len(shape) == 3:
         experts, inputs, outputs = shape
         pieces = tuple(
             Source(tensor, rows=(0, outputs), columns=(0, inputs), index=e, transposed=True) for e in range(experts)
         )
-        return _float_entry(name, shape, pieces, layout="columns", cut=None)
+        return _float_entry(name, info, pieces, layout="columns", cut="columns")
     if len(shape) == 2:
         pieces = (Source(tensor, rows=(0, shape[0]), columns=(0, shape[1])),)
-        return _float_entry(name, shape, pieces, layout="rows", cut="rows")
-    return _float_entry(name, shape, (Source(tensor, rows=(0, shape[0])),), layout="rows", cut=None)
+        return _float_entry(name, info, pieces, layout="rows", cut="rows")
+    return _float_entry(name, info, (Source(tensor, rows=(0, shape[0])),), layout="rows", cut=None)
 
 
 def embedding_entry(checkpoint: Checkpoint) -> Entry:
@@ -54,12 +56,12 @@ def embedding_entry(checkpoint: Checkpoint) -> Entry:
     info = checkpoint.info(EMBEDDING)
     source = Source(info.name, rows=(0, info.shape[0]), columns=(0, info.shape[1]))
     dtype = info.dtype if info.dtype in ("bfloat16", "float16") else "float32"
-    return _float_entry(EMBEDDING_ENTRY, info.shape, (source,), layout="rows", cut="rows", dtype=dtype)
+    return _float_entry(EMBEDDING_ENTRY, info, (source,), layout="rows", cut="rows", dtype=dtype)
 
 
 def _float_entry(
     name: str,
-    shape: tuple[int, ...],
+    info: TensorInfo,
     pieces: tuple[Source, ...],
     *,
     layout: str,
@@ -69,10 +71,11 @@ def _float_entry(
     return Entry(
         name=name,
         dtype=dtype,
-        shape=shape,
+        shape=info.shape,
         pieces=pieces,
         steps=(step(layout, dtype=dtype),),
         weight=name,
-        parameters=math.prod(shape),
+        parameters=math.prod(info.shape),
         cut=cut,
+        published=info.published,
     )

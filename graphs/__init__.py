@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from corral.graphs.compiler import compile as compile
+    from corral.graphs.rehearsal import rehearse as rehearse
 
-__all__ = ["compile"]
+__all__ = ["compile", "rehearse"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from corral.graphs.compiler import compile
 
         return compile
+    if name == "rehearse":
+        from corral.graphs.rehearsal import rehearse
+
+        return rehearse
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

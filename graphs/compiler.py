@@ -28,20 +28,22 @@ def compile(
     *,
     fresh: bool = False,
     jobs: int | None = None,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Compile a checkpoint directory into a bundle at `out`; `fresh` replaces a bundle that is there.
 
-    `jobs` processes compute the weights (None: as many as pay off here). Killed at any moment, the same call goes on.
+    `jobs` processes compute the weights (None: as many as pay off), here or on the Ray cluster at `ray` (HOST:PORT).
+    Killed at any moment, the same call goes on.
     Where the recipe names a GPU, its engines are built, too (`corral.graphs.engine.engines`).
     Raises InputError for a bad checkpoint, recipe or output directory, EnvironmentProblem where the disk is too small.
     """
-    how = Execution(jobs=jobs)
+    how = Execution(jobs=jobs, ray=ray)
     engine = target_named(recipe.target).engine
     if engine and recipe.capabilities:
         check_installed(engine)  # before hours of work, not after
     check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
-    source = open_checkpoint(Path(checkpoint))
+    source = open_checkpoint(Path(checkpoint), progress=progress)
     work = lower(source, recipe, progress=progress)
     bundle = write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
     return build_engines(out, progress=progress) if engine and recipe.capabilities else bundle

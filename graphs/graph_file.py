@@ -8,15 +8,14 @@ import onnx_ir as ir
 
 from corral.exporter.planned_tensor import ONNX_TYPE
 from corral.graphs.execute.shards import shard_name
-from corral.graphs.model_and_plan import ModelAndPlan
-from corral.spec.weight_plan import Placement
+from corral.spec.weight_plan import Placement, WeightPlan
 
 
-def graph_bytes(work: ModelAndPlan, placements: Mapping[str, Placement]) -> bytes:
+def graph_bytes(model: ir.Model, plan: WeightPlan, placements: Mapping[str, Placement]) -> bytes:
     """Serialize the graph with planned weights as external data at their placements. The same input, the same bytes."""
     planned = {}
-    for name, initializer in work.graph.initializers.items():
-        entry = work.plan.entries.get(name)
+    for name, initializer in model.graph.initializers.items():
+        entry = plan.entries.get(name)
         if entry is None:
             continue
         planned[name] = initializer.const_value
@@ -31,11 +30,11 @@ def graph_bytes(work: ModelAndPlan, placements: Mapping[str, Placement]) -> byte
             base_dir="",
         )
     try:
-        proto = ir.to_proto(work.model)
-        order = {name: i for i, name in enumerate(work.plan.entries)}
+        proto = ir.to_proto(model)
+        order = {name: i for i, name in enumerate(plan.entries)}
         proto.graph.initializer.sort(key=lambda tensor: (order.get(tensor.name, len(order)), tensor.name))
         del proto.graph.value_info[:]  # inferred again wherever the graph is read
         return proto.SerializeToString(deterministic=True)
     finally:
         for name, tensor in planned.items():
-            work.graph.initializers[name].const_value = tensor
+            model.graph.initializers[name].const_value = tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,13 @@ GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE = (
     "tokenizer.json",
     "chat_template.jinja",
 )
+# What has a number in its name.
+OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx|[\w.-]+\.engine(\.json)?")
+
+
+def stage_file(stage: int) -> str:
+    """The graph's file name of one of several stages."""
+    return f"decoder-{stage:02d}.onnx"
 
 
 def check_out(out: Path, *, fresh: bool) -> None:
@@ -67,6 +75,7 @@ def bundle_directory(out: Path, *, key: str, what: str, jobs: int, fresh: bool) 
                     out.rmdir()
                 raise _explained(out, error, None) from error
             raise _explained(out, error, journal) from error
+        (out / (JOURNAL_NAME + PARTIAL)).unlink(missing_ok=True)
         journal.path.unlink()
 
 
@@ -118,8 +127,7 @@ def _remove_files(out: Path) -> None:
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     for path in list(out.iterdir()):
         name = path.name.removesuffix(PARTIAL)
-        weights = name.startswith("weights-") and name.endswith(".bin")
-        if name in (*ours, MANIFEST_NAME) or weights or name.endswith((".engine", ".engine.json")):
+        if name in (*ours, MANIFEST_NAME) or OURS.fullmatch(name):
             path.unlink()
     for name in (JOURNAL_NAME + PARTIAL, JOURNAL_NAME):
         (out / name).unlink(missing_ok=True)
@@ -129,8 +137,11 @@ def _explained(out: Path, error: BaseException, journal: Journal | None) -> Base
     """The error as the user should meet it; `journal` is given where the same command goes on."""
     if isinstance(error, KeyboardInterrupt) and journal is not None:
         return KeyboardInterrupt(f"stopped after {journal}; the same command goes on from here.")
+    kept = f" {journal} are finished, and the same command goes on." if journal is not None else ""
+    if isinstance(error, EnvironmentProblem):
+        return EnvironmentProblem(f"{error}{kept}")
     if isinstance(error, OSError) and not isinstance(error, CorralError):
-        return _disk_problem(out, error, f" {journal} are finished, and the same command goes on." if journal else "")
+        return _disk_problem(out, error, kept)
     return error
 
 

@@ -34,7 +34,7 @@ def export_stage(
 ) -> Bundle:
     """Capture a checkpoint's graph, simplified, and plan its weights."""
     check_out(Path(out), fresh=fresh)
-    source = open_checkpoint(Path(checkpoint))
+    source = open_checkpoint(Path(checkpoint), progress=progress)
     model, plan = export(source)
     work = ModelAndPlan(model, plan, source.config, UNQUANTIZED)
     run_phase(SIMPLIFY, work)
@@ -46,7 +46,7 @@ def quantize_stage(
 ) -> Bundle:
     """Decide how each weight of an exported bundle is quantized."""
     check_out(Path(out), fresh=fresh)
-    work, source = _open_stage(Path(bundle), "exported", recipe)
+    work, source = _open_stage(Path(bundle), "exported", recipe, progress)
     run_phase(QUANTIZE, work)
     return write_bundle(work, source, Path(out), stage="quantized", fresh=fresh, progress=progress)
 
@@ -58,18 +58,19 @@ def lower_stage(
     *,
     fresh: bool = False,
     jobs: int | None = None,
+    ray: str | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Lower a quantized bundle to the recipe's target, compute its weights and write the finished bundle."""
-    how = Execution(jobs=jobs)
+    how = Execution(jobs=jobs, ray=ray)
     check_out(Path(out), fresh=fresh)
-    work, source = _open_stage(Path(bundle), "quantized", recipe)
+    work, source = _open_stage(Path(bundle), "quantized", recipe, progress)
     work.activation_ranges = activation_ranges(source, work.recipe)
     run_phase(LOWER[recipe.target], work)
     return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 
 
-def _open_stage(directory: Path, stage: Stage, recipe: Recipe) -> tuple[ModelAndPlan, Checkpoint]:
+def _open_stage(directory: Path, stage: Stage, recipe: Recipe, progress: Progress) -> tuple[ModelAndPlan, Checkpoint]:
     bundle = open_bundle(directory)
     manifest = bundle.manifest
     if manifest.stage != stage:
@@ -77,7 +78,7 @@ def _open_stage(directory: Path, stage: Stage, recipe: Recipe) -> tuple[ModelAnd
         raise InputError(
             f'{directory} is at stage "{manifest.stage}", expected "{stage}". Make one with `corral {makes}`.'
         )
-    checkpoint = open_checkpoint(Path(manifest.source["checkpoint"]))
+    checkpoint = open_checkpoint(Path(manifest.source["checkpoint"]), progress=progress)
     plan = WeightPlan.from_json(json.loads(bundle.path(PLAN_FILE).read_text(encoding="utf-8")))
     model = ir.load(bundle.path(manifest.graphs[0].path))
     for entry in plan:

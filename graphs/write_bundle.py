@@ -22,13 +22,13 @@ from corral.graphs.graph_file import graph_bytes
 from corral.graphs.hash_files import hash_files
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import (
-    GRAPH_FILE,
     PLAN_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     bundle_directory,
     write_file,
 )
+from corral.graphs.split_stages import place_weights, split_stages, whole_graph
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.identity import checkpoint_identity
 from corral.spec.bundle import Bundle, remember_verified
@@ -64,18 +64,20 @@ def write_bundle(
     `out` holds something else or a weight is damaged, EnvironmentProblem where the disk is full or a worker is lost.
     """
     how = how or Execution()
-    placements = work.plan.placements()
+    graphs = split_stages(work) if stage == "ready" else [whole_graph(work)]
+    placements = place_weights(work, graphs)
     jobs = plan_jobs(work.plan, placements, how.job_elements) if stage == "ready" else []
     shards = Shards(out, shard_sizes(placements) if stage == "ready" else {})
     key = compile_key(jobs, stage, version("corral"), checkpoint_identity(checkpoint))
     with bundle_directory(out, key=key, what=_in_words(work, checkpoint), jobs=len(jobs), fresh=fresh) as journal:
         _check_disk_space(shards)
-        names = execute(jobs, shards, checkpoint.read, journal, how, progress)
-        names.append(write_file(out, GRAPH_FILE, graph_bytes(work, placements)))
+        names = execute(jobs, shards, checkpoint.read_piece, journal, how, progress)
+        for graph in graphs:
+            names.append(write_file(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
         names.append(write_file(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
-        tokenizer, template = checkpoint.tokenizer_path, checkpoint.chat_template()
+        tokenizer, template = checkpoint.tokenizer(), checkpoint.chat_template()
         if tokenizer is not None:
-            names.append(write_file(out, TOKENIZER_FILE, tokenizer.read_bytes()))
+            names.append(write_file(out, TOKENIZER_FILE, tokenizer))
         if template is not None:
             names.append(write_file(out, TEMPLATE_FILE, template.encode()))
         embedding, place = work.plan.entries[EMBEDDING_ENTRY], placements[EMBEDDING_ENTRY]
@@ -87,7 +89,9 @@ def write_bundle(
             recipe=work.recipe,
             requires=dict(target_named(work.recipe.target).requires),
             source=_provenance(checkpoint, stage),
-            graphs=(GraphRecord(path=GRAPH_FILE, first_layer=0, end_layer=work.config.num_layers),),
+            graphs=tuple(
+                GraphRecord(path=graph.path, first_layer=graph.layers[0], end_layer=graph.layers[1]) for graph in graphs
+            ),
             kv=stored_kv_layouts(work.config, work.recipe),
             embedding=TensorRecord(
                 path=shard_name(place.shard), dtype=embedding.dtype, shape=embedding.shape, offset=place.offset
@@ -108,8 +112,8 @@ def write_bundle(
 
 def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:
     recipe = work.recipe.to_json()
-    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items())
-    return f"{checkpoint.directory.resolve().name} ({words})"
+    words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in recipe.items() if value is not False)
+    return f"{checkpoint.name} ({words})"
 
 
 def _check_disk_space(shards: Shards) -> None:
@@ -123,5 +127,7 @@ def _check_disk_space(shards: Shards) -> None:
 
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:
     """Which checkpoint this came from. An unfinished stage must find it again; a finished bundle is free of paths."""
-    source = {"name": Path(checkpoint.location).name, "config_sha256": checkpoint.config_sha256}
+    source = {"name": checkpoint.name, "config_sha256": checkpoint.config_sha256}
+    if checkpoint.hub is not None and checkpoint.hub.revision is not None:
+        source["revision"] = checkpoint.hub.revision
     return source if stage == "ready" else {**source, "checkpoint": checkpoint.location}

@@ -14,6 +14,7 @@ from typing import Any
 from corral.spec.errors import InputError
 from corral.spec.gpus import Gpu
 from corral.spec.kv_layout import kv_layouts
+from corral.spec.layer_ranges import fitting_ranges
 from corral.spec.machine import usable_cores
 from corral.spec.model_config import ModelConfig
 from corral.spec.parameters import active_parameters, layer_parameters, parameters
@@ -97,7 +98,7 @@ class Estimate:
             "kv_by_class": self.kv,
             "activation_bytes": self.activations,
             "vram_bytes": self.vram_bytes,
-            "compile_peak_bytes": compile_peak_bytes(self.config, usable_cores()),
+            "compile_peak_bytes": compile_peak_bytes(usable_cores()),
             "gpu": self.gpu.name,
             "fits": self.fits,
             "gpus_needed": self.gpus,
@@ -138,14 +139,12 @@ def estimate(config: ModelConfig, serving: Serving, gpu: Gpu) -> Estimate:
     )
 
 
-def compile_peak_bytes(config: ModelConfig, processes: int) -> int:
+def compile_peak_bytes(processes: int) -> int:
     """Memory of a compile with so many processes: theirs and the parent's, each of theirs with one largest job.
 
-    An expert's gate and up matrix is one job, whatever its size; everything else is cut to JOB_ELEMENTS.
+    It does not depend on the model: every matrix, an expert's too, is cut to jobs of JOB_ELEMENTS.
     """
-    expert = 2 * config.intermediate_size * config.hidden_size if any(layer.moe for layer in config.layers) else 0
-    largest = max(expert, JOB_ELEMENTS)
-    return PROCESS_BYTES + processes * (PROCESS_BYTES + largest * JOB_BYTES_PER_ELEMENT)
+    return PROCESS_BYTES + processes * (PROCESS_BYTES + JOB_ELEMENTS * JOB_BYTES_PER_ELEMENT)
 
 
 def _stored(counts: Counter[str], serving: Serving) -> dict[str, int]:
@@ -179,11 +178,5 @@ def _stages(
         sum(_stored(layer_parameters(config, layer), serving).values()) + kv[layer.kv_class] // count[layer.kv_class]
         for layer in config.layers
     ] + [weights["head"]]
-    if max(parts) > room:
-        return None
-    stages, filled = 1, 0
-    for part in parts:  # first fit in order is least for ranges
-        if filled + part > room:
-            stages, filled = stages + 1, 0
-        filled += part
-    return None if limit and stages > limit else stages
+    stages = fitting_ranges(parts, room)
+    return None if stages is None or (limit and len(stages) > limit) else len(stages)

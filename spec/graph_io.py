@@ -17,6 +17,10 @@
 
 KV is the type of the target's caches, `dtype` of the manifest's KV classes: float32, or float16 where it says so.
 
+A decoder may be cut into stages, a graph for each range of layers. A stage has the caches and lengths of its own layers
+only; each but the first takes `hidden` in place of `embeddings`, each but the last yields `next_hidden` in place of
+`logits` (and takes no `logit_rows`). Both are float32 [batch, tokens, hidden]: the residual stream between two layers.
+
 New token `s` of batch row `b` is written to cache row `past_length[b] + s` and sees cache rows up to its own. Rows past
 the filled ones may hold anything finite. All `tokens` new tokens are written, padding included, so `past_length + tokens`
 never exceeds the capacity, and for a chunked layer the new tokens never cross a chunk boundary.
@@ -30,6 +34,8 @@ EMBEDDINGS = "embeddings"
 POSITIONS = "positions"
 LOGIT_ROWS = "logit_rows"
 LOGITS = "logits"
+HIDDEN = "hidden"
+NEXT_HIDDEN = "next_hidden"
 
 
 def past_length(kv_class: KvClass) -> str:

@@ -72,6 +72,7 @@ class CoverageRecord:
     matrices: int
     parameters: int
     bytes: int
+    published: str = ""  # how the checkpoint stores them where it is quantized: "int4 g128", "fp8 per output", …
 
 
 @dataclass(frozen=True, kw_only=True)

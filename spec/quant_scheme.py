@@ -51,6 +51,11 @@ SCHEMES = {
 }
 
 
+def in_words(scheme: str, group_size: int) -> str:
+    """A quantized weight's storage, as in "int4 g128". Equal words: equal codes and scales mean the same numbers."""
+    return f"{scheme} per output" if SCHEMES[scheme].is_float else f"{scheme} g{group_size}"
+
+
 def scheme_named(name: str) -> QuantScheme:
     """Look a scheme up. Raises InputError naming those there are."""
     if name not in SCHEMES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
+    stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
+    requantize: bool = False  # weights that the checkpoint stores quantized in another way may be quantized again
     gpu: str = ""  # of engines: GPUs or compute capabilities, by comma
     max_context: int = DEFAULT_MAX_CONTEXT  # of engines: rows of a global layer's cache
     max_batch: int = DEFAULT_MAX_BATCH  # of engines: sequences that decode together
@@ -41,6 +45,11 @@ class Recipe:
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
 
+        if self.stages < 1 or self.stage_gb < 0:
+            raise InputError(
+                f"stages is {self.stages} and stage_gb {self.stage_gb}; expected at least 1 stage, and a limit in GB "
+                "or 0 for none."
+            )
         for key in ("max_context", "max_batch"):
             if not 1 <= getattr(self, key) < 1 << 31:
                 raise InputError(f"{key} is {getattr(self, key)}, expected a whole number of at least 1.")
@@ -82,5 +91,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     return Recipe.from_json(data | {k: v for k, v in overrides.items() if v is not None}, where=f"recipe {path}")
 
 
-def _toml(value: str | int) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+def _toml(value: str | int | bool) -> str:
+    return json.dumps(
+        value
+    )  # of strings without control characters, whole numbers and booleans TOML has JSON's spelling

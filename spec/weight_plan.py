@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,9 @@ class Source:
 
     `index` picks along the leading axis (an expert of a fused tensor) first; the remaining matrix is transposed where
     the checkpoint stores inputs by outputs; `rows` and `columns` (start, stop) then cut it. A vector has rows only.
+    With `interleave`, the matrix's rows are two halves (gate, then up), and `rows` counts them in an order in which so
+    many of one and so many of the other alternate: what is stored in that order can then be cut along it.
+    `as_stored` reads a quantized tensor's codes and scales; otherwise its values are read, whatever they are stored as.
     """
 
     tensor: str
@@ -43,10 +46,22 @@ class Source:
     columns: tuple[int, int] | None = None
     index: int | None = None
     transposed: bool = False
+    interleave: int = 0
+    as_stored: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in filter(None, (self.rows, self.columns)))
+
+    def halves(self, outputs: int) -> tuple[Source, Source]:
+        """The two sources that an interleaved one alternates between; `outputs` is how many rows the matrix has."""
+        run, (start, stop) = self.interleave, self.rows
+        assert start % (2 * run) == stop % (2 * run) == 0 and outputs % 2 == 0, f"{self} does not hold whole runs"
+        gate, up = (
+            dataclasses.replace(self, rows=(start // 2 + half, stop // 2 + half), interleave=0)
+            for half in (0, outputs // 2)
+        )
+        return gate, up
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,8 @@ class Entry:
     """One tensor of the artefact.
 
     `shape` and `dtype` are as stored. `weight` is the model parameter (or several, joined by "+") it belongs to, and
-    `parameters` how many of the model's numbers it represents (0 for scales), for the coverage table.
+    `parameters` how many of the model's numbers it represents (0 for scales), for the coverage table; `published` says how
+    the checkpoint stores it where that is quantized, in the words of `quant_scheme.in_words` where those say it all.
     `cut` is the axis of the *source matrix* along which the stored tensor's first axis runs: a piece may then be
     computed in parts along it, in multiples of `cut_multiple`; None: only whole.
     """
@@ -86,6 +102,7 @@ class Entry:
     parameters: int = 0
     cut: Literal["rows", "columns"] | None = None
     cut_multiple: int = 1
+    published: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -127,13 +144,16 @@ class WeightPlan:
             items.extend((e.name, e) for e in new) if name == old else items.append((name, entry))
         self.entries = dict(items)
 
-    def placements(self, shard_bytes: int = SHARD_BYTES) -> dict[str, Placement]:
-        """Offsets aligned to 4096 in shards of at most `shard_bytes` (a larger tensor has a shard to itself)."""
+    def placements(self, shard_bytes: int = SHARD_BYTES, starts: Collection[str] = ()) -> dict[str, Placement]:
+        """Offsets aligned to 4096 in shards of at most `shard_bytes` (a larger tensor has a shard to itself).
+
+        Entries named in `starts` begin a new shard.
+        """
         placements: dict[str, Placement] = {}
         shard = offset = 0
         for entry in self.entries.values():
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
-            if offset and offset + entry.nbytes > shard_bytes:
+            if offset and (entry.name in starts or offset + entry.nbytes > shard_bytes):
                 shard, offset = shard + 1, 0
             placements[entry.name] = Placement(shard, offset, entry.nbytes)
             offset += entry.nbytes

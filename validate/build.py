@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from corral.spec.errors import InputError
 from corral.spec.manifest import MANIFEST_NAME
+from corral.spec.meta_params import PARAMS_NAME
 from corral.spec.model_config import ModelConfig
 from corral.spec.presets import SYNTHETIC
 from corral.spec.progress import Progress, silent
 
 Logits = NDArray[np.float32]  # [tokens, vocab]
-CONFIG_NAME = "config.json"
+CONFIG_NAMES = ("config.json", PARAMS_NAME)  # of Hugging Face's and of Meta's form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +86,27 @@ class CheckpointBuild:
 
     kind = "checkpoint"
 
-    def __init__(self, path: Path, *, threads: int | None) -> None:
+    def __init__(self, path: Path, *, threads: int | None, progress: Progress = silent) -> None:
         import torch
 
         from corral.model.checkpoint import load_reference, open_checkpoint
 
         if threads is not None:
             torch.set_num_threads(threads)
-        checkpoint = open_checkpoint(path)
-        self.name = path.resolve().name
+        checkpoint = open_checkpoint(path, progress=progress)
+        self.name = checkpoint.name
         self.config = checkpoint.config
-        self.bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        self._tokenizer_path = checkpoint.tokenizer_path
+        files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
+        self.bytes = sum(file.stat().st_size for file in files if file.exists())  # synthetic ones have none
+        self._tokenizer = checkpoint.tokenizer()
         self._model = load_reference(checkpoint)
 
     def encode(self, text: str) -> list[int] | None:
-        if self._tokenizer_path is None:
+        if self._tokenizer is None:
             return None
         from tokenizers import Tokenizer
 
-        return list(Tokenizer.from_file(str(self._tokenizer_path)).encode(text, add_special_tokens=False).ids)
+        return list(Tokenizer.from_buffer(self._tokenizer).encode(text, add_special_tokens=False).ids)
 
     def logits(self, token_ids: Sequence[int]) -> Iterator[Logits]:
         import torch
@@ -121,9 +123,15 @@ def open_build(path: Path, *, provider: str, threads: int | None, progress: Prog
     """Open a checkpoint or bundle directory. Raises InputError where it is neither."""
     if (path / MANIFEST_NAME).is_file():
         return BundleBuild(path, provider=provider, threads=threads, progress=progress)
-    if (path / CONFIG_NAME).is_file() or str(path).startswith(SYNTHETIC):
-        return CheckpointBuild(path, threads=threads)
-    found = "does not exist" if not path.exists() else f"holds neither {MANIFEST_NAME} nor {CONFIG_NAME}"
+    from corral.model.checkpoint.hub import hub_name
+    from corral.model.checkpoint.part import split_part
+
+    whole = Path(split_part(str(path))[0])
+    if any((whole / name).is_file() for name in CONFIG_NAMES) or str(path).startswith(SYNTHETIC):
+        return CheckpointBuild(path, threads=threads, progress=progress)
+    if hub_name(whole) is not None:
+        return CheckpointBuild(path, threads=threads, progress=progress)
+    found = "does not exist" if not path.exists() else f"holds neither {MANIFEST_NAME} nor {CONFIG_NAMES[0]}"
     raise InputError(
         f"{path} {found}; expected a bundle or a checkpoint directory. Make a bundle with "
         "`corral compile CHECKPOINT -o OUT`."

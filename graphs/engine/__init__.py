@@ -1,1 +1,1 @@
-"""TensorRT engines of a lowered graph: built, checked, described. Written once for both of NVIDIA's modules."""
+"""TensorRT engines: the module behind the seam, the build, the kernels."""

@@ -1,27 +1,23 @@
-"""Execute a plan's jobs into shards, and journal each as soon as its bytes are durable."""
+"""Execute a plan's jobs, into shards and a journal of what is durable there, or for their digests alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing, suppress
 
-import numpy as np
-from numpy.typing import NDArray
-
 from corral.graphs.execute.execution import Execution
-from corral.graphs.execute.executors import RunJob
-from corral.graphs.execute.job import Job
+from corral.graphs.execute.executors import Finished, RunJob
+from corral.graphs.execute.job import Job, ReadPiece
 from corral.graphs.execute.journal import Journal
 from corral.graphs.execute.shards import Shards
 from corral.spec.progress import Progress, silent
-from corral.spec.weight_plan import Source
 
 
 def execute(
     jobs: Sequence[Job],
     shards: Shards,
-    read: Callable[[Source], NDArray[np.float32]],
+    read: ReadPiece,
     journal: Journal,
     how: Execution,
     progress: Progress = silent,
@@ -33,24 +29,34 @@ def execute(
     """
     kept = shards.prepare()
     journal.forget([i for i, job in enumerate(jobs) if not kept.issuperset(o.shard for o in job.outputs)])
-    left = [(i, job) for i, job in enumerate(jobs) if i not in journal.done]
     batch = _Batch(jobs, shards, journal, how)
-    total = sum(job.elements for job in jobs)
-    done = total - sum(job.elements for _, job in left)
-    progress("weights", done, total, "parameters")
-    executor = how.executor_for([job for _, job in left])
     try:
-        with closing(executor.run(RunJob(read, shards), left)) as finished:
+        with closing(run_jobs(jobs, RunJob(read, shards), how, progress, done=journal.done)) as finished:
             for index, digests in finished:
                 batch.add(index, digests)
-                done += jobs[index].elements
-                progress("weights", done, total, "parameters")
     except BaseException:
         with suppress(OSError):  # the first error is the one to tell
             batch.commit()
         raise
     batch.commit()
     return shards.finish()
+
+
+def run_jobs(
+    jobs: Sequence[Job], run_job: RunJob, how: Execution, progress: Progress = silent, *, done: Collection[int] = ()
+) -> Generator[Finished, None, None]:
+    """Run the jobs that are not `done` and yield each as it is finished, in any order; progress counts parameters."""
+    left = [(i, job) for i, job in enumerate(jobs) if i not in done]
+    executor = how.executor_for([job for _, job in left])
+    total = sum(job.elements for job in jobs)
+    finished = total - sum(job.elements for _, job in left)
+    what = f"weights ({executor})"
+    progress(what, finished, total, "parameters")
+    with closing(executor.run(run_job, left)) as running:
+        for index, digests in running:
+            finished += jobs[index].elements
+            yield index, digests
+            progress(what, finished, total, "parameters")
 
 
 class _Batch:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from corral.graphs.execute.executors import Executor, Serial
 from corral.graphs.execute.job import Job
 from corral.graphs.execute.process_pool import ProcessPool
+from corral.graphs.execute.ray_cluster import RayCluster, check_ray
 from corral.spec.errors import InputError
 from corral.spec.machine import usable_cores, usable_memory
 from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, JOB_ELEMENTS, PROCESS_BYTES
@@ -21,7 +22,8 @@ class Execution:
     """`jobs`: processes at once; None: as many as there are CPUs, memory and work for. Same bytes whatever is chosen."""
 
     jobs: int | None = None
-    executor: Executor | None = None  # in place of the one that `jobs` means
+    ray: str | None = None  # HOST:PORT of a Ray cluster that runs them
+    executor: Executor | None = None  # in place of the one that `jobs` and `ray` mean
     job_elements: int = JOB_ELEMENTS
     # Finished jobs are made durable, and then journalled, after this many bytes or seconds.
     sync_bytes: int = 256 << 20
@@ -32,6 +34,8 @@ class Execution:
             raise InputError(
                 f"--jobs is {self.jobs}; expected at least 1: the number of processes that compute weights."
             )
+        if self.ray is not None:  # seconds before anybody would notice
+            check_ray(self.ray)
 
     def workers(self, jobs: Sequence[Job]) -> int:
         """Processes for these jobs."""
@@ -46,5 +50,7 @@ class Execution:
         """Who runs these jobs."""
         if self.executor is not None:
             return self.executor
+        if self.ray is not None:
+            return RayCluster(self.ray, self.jobs)
         workers = self.workers(jobs)
         return Serial() if workers == 1 else ProcessPool(workers)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from corral.graphs.execute.job import Job, run_job
+from corral.graphs.execute.job import Job, ReadPiece, run_job
 from corral.graphs.execute.shards import Shards
-from corral.spec.weight_plan import Source
 
 # Where a job stands in the plan, and the SHA-256 of each of its outputs: all that comes back from a job.
 Finished = tuple[int, tuple[str, ...]]
+
+AHEAD = 2  # jobs that a worker is given at most: one it runs and the next, so that it never waits
 
 
 @dataclass(frozen=True)
 class RunJob:
     """Run a job and put its bytes into the shards (None: keep only their digests). Pickles into worker processes."""
 
-    read: Callable[[Source], NDArray[np.float32]]
+    read: ReadPiece
     shards: Shards | None
 
     def __call__(self, job: Job) -> tuple[str, ...]:
@@ -37,7 +35,8 @@ class RunJob:
 class Executor(Protocol):
     """Runs numbered jobs in any order and yields each as it is finished.
 
-    The first error ends everything and is raised as itself. Closing the iterator ends everything, too.
+    The first error ends everything and is raised as itself. Closing the iterator ends everything, too. As a string it says
+    who runs them: "2 processes".
     """
 
     def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]: ...
@@ -46,6 +45,9 @@ class Executor(Protocol):
 @dataclass(frozen=True)
 class Serial:
     """One job after the other, in this process."""
+
+    def __str__(self) -> str:
+        return "1 process"
 
     def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]:
         for index, job in jobs:

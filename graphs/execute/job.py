@@ -15,6 +15,9 @@ from corral.graphs.execute.steps import STEPS
 from corral.spec.errors import InputError
 from corral.spec.weight_plan import JOB_ELEMENTS, Entry, Placement, Source, Step, WeightPlan
 
+# Reads a source: its values, float32, or with `as_stored` its codes and scales by name (`Checkpoint.read_piece`).
+ReadPiece = Callable[[Source], NDArray[np.float32] | Mapping[str, NDArray[Any]]]
+
 
 @dataclass(frozen=True)
 class Output:
@@ -80,7 +83,7 @@ def _cut(source: Source, group: list[tuple[Entry, Output]], limit: int) -> Itera
         yield Job(dataclasses.replace(source, **changes), outputs)
 
 
-def run_job(job: Job, read: Callable[[Source], NDArray[np.float32]]) -> list[tuple[Output, bytes]]:
+def run_job(job: Job, read: ReadPiece) -> list[tuple[Output, bytes]]:
     """Execute a job. Steps that several outputs begin with are computed once."""
     source = read(job.source)
     results: dict[Any, Any] = {}

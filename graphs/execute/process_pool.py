@@ -11,11 +11,10 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from corral.graphs.execute.executors import Finished, RunJob
+from corral.graphs.execute.executors import AHEAD, Finished, RunJob
 from corral.graphs.execute.job import Job
 from corral.spec.errors import EnvironmentProblem
 
-AHEAD = 2  # jobs a worker has at most: one it runs and the next, so that it never waits
 STOP_SECONDS = 5.0
 
 
@@ -24,6 +23,9 @@ class ProcessPool:
     """`workers` processes of one thread each, started for a run and gone with it, however it ends."""
 
     workers: int
+
+    def __str__(self) -> str:
+        return "1 process" if self.workers == 1 else f"{self.workers} processes"
 
     def run(self, run_job: RunJob, jobs: Iterable[tuple[int, Job]]) -> Generator[Finished, None, None]:
         waiting = iter(jobs)
@@ -104,10 +106,10 @@ class _Worker:
         if code == -signal.SIGKILL:
             return EnvironmentProblem(
                 "a worker process was killed, most likely because memory ran out. Run the same command again with a "
-                "smaller --jobs; it goes on from here."
+                "smaller --jobs."
             )
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         return EnvironmentProblem(
-            f"a worker process ended unexpectedly, {how}. Run the same command again; it goes on from here. "
+            f"a worker process ended unexpectedly, {how}. Run the same command again. "
             "With --jobs 1 everything runs in one process."
         )

@@ -32,6 +32,7 @@ class Shards:
 
     directory: Path
     sizes: Mapping[int, int]
+    durable: bool = False  # what is written is on the disk when `write` returns, and not only in this machine's memory
 
     def partial(self, shard: int) -> Path:
         return self.directory / (shard_name(shard) + PARTIAL)
@@ -56,7 +57,7 @@ class Shards:
 
     def write(self, shard: int, offset: int, data: bytes) -> None:
         """Put bytes at their place; any process may, at any time."""
-        file = os.open(self.partial(shard), os.O_WRONLY)
+        file = os.open(self.partial(shard), os.O_WRONLY | (os.O_DSYNC if self.durable else 0))
         try:
             view = memoryview(data)
             while view:

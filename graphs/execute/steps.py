@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.graphs.quantize.fp8 import fp8
-from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_rows
+from corral.graphs.quantize.e4m3 import e4m3, gains
+from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
+from corral.graphs.quantize.pack import pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.spec.errors import InputError
 
@@ -43,12 +44,24 @@ def _cast(array: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
     return stored
 
 
+def as_published(stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int) -> Mapping[str, NDArray[Any]]:
+    """Codes and scales as the checkpoint has them, in the form that quantizers give: unsigned codes of `bits`, uint8
+    [outputs, inputs], and float32 scales [outputs, inputs / group_size]."""
+    rows, columns = stored["codes"].shape
+    if stored["scales"].shape != (rows, columns // group_size) or columns % group_size or bits != 4:
+        raise AssertionError(f"codes {rows} x {columns}, scales {stored['scales'].shape}: not int{bits} g{group_size}")
+    return stored
+
+
 STEPS: dict[str, Callable[..., Any]] = {
     "rows": rows,
     "columns": columns,
     "rtn": rtn,
-    "fp8": fp8,
+    "e4m3": e4m3,
+    "gains": gains,
+    "as_published": as_published,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
-    "interleave_halves": interleave_halves,
+    "pack_fragments": pack_fragments,
+    "fragment_scales": fragment_scales,
 }

@@ -20,7 +20,7 @@ def main(fd: int) -> None:
     """Receive a RunJob, then (index, Job) pairs; send (index, digests) for each, or the exception, and end."""
     if sys.platform == "linux":  # a killed compile leaves no worker behind, not even for the rest of its job
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        _keep_freed_memory()
+    keep_freed_memory()
     with Connection(fd) as connection:
         try:
             run_job = connection.recv()
@@ -33,18 +33,20 @@ def main(fd: int) -> None:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return  # the compile is over
         except BaseException as error:
-            connection.send(_sendable(error))
+            connection.send(sendable(error))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the allocator keep what one job frees for the next: fresh pages cost as much time as quantizing them."""
+    if sys.platform != "linux":
+        return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; others do well enough without
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _sendable(error: BaseException) -> BaseException:
+def sendable(error: BaseException) -> BaseException:
     """The error itself with this process's traceback as a note; where it does not pickle, its words."""
     words = traceback.format_exc()
     error.add_note(words)

@@ -20,13 +20,19 @@ INPUT, ACTIVATED = "input", "activated"  # of experts: what their first and thei
 
 
 def activation_ranges(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, float]:
-    """Module of the model -> largest magnitude of its input; empty where the recipe's scheme needs none.
-
-    Experts have two, at "layers.0.feed_forward.experts.input" and "….activated". An expert that the text never visits
-    shares its layer's range. Raises InputError without a tokenizer, EnvironmentProblem where memory does not suffice.
-    """
+    """`largest_inputs` on the text that corral ships; empty where the recipe's scheme keeps activations as they are."""
     if not scheme_named(recipe.weights).is_float:
         return {}
+    return largest_inputs(checkpoint, TEXT.read_text(encoding="utf-8"))
+
+
+def largest_inputs(checkpoint: Checkpoint, text: str) -> dict[str, float]:
+    """Module of the model -> largest magnitude of its input while it reads `text`.
+
+    Experts have two, at "layers.0.feed_forward.experts.input" and "….activated", which all of a layer share: an expert
+    that the text never visits has them, too. Raises InputError without a tokenizer, EnvironmentProblem where memory does
+    not suffice.
+    """
     import torch
     from torch import nn
 
@@ -39,7 +45,7 @@ def activation_ranges(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, float
             f"calibrating {checkpoint.directory} runs the whole model in float32, which takes {needed / 1e9:.0f} GB of "
             "memory, more than is free. Use --weights int4, which needs no calibration, or a larger machine."
         )
-    ids = torch.tensor([_token_ids(checkpoint)])
+    ids = torch.tensor([_token_ids(checkpoint, text)])
     model, ranges = load_reference(checkpoint), dict[str, float]()
 
     def note(name: str, x: torch.Tensor) -> None:
@@ -66,13 +72,14 @@ def _watch(experts: Any, name: str, note: Any) -> None:
     experts.activated = watched
 
 
-def _token_ids(checkpoint: Checkpoint) -> list[int]:
-    if checkpoint.tokenizer_path is None:
+def _token_ids(checkpoint: Checkpoint, text: str) -> list[int]:
+    data = checkpoint.tokenizer()
+    if data is None:
         raise InputError(
             f"{checkpoint.directory} has no tokenizer.json, and FP8 is calibrated on a text. Add the tokenizer's file, "
             "or use --weights int4, which needs no calibration."
         )
     from tokenizers import Tokenizer
 
-    ids: list[int] = Tokenizer.from_file(str(checkpoint.tokenizer_path)).encode(TEXT.read_text(encoding="utf-8")).ids
+    ids: list[int] = Tokenizer.from_buffer(data).encode(text).ids
     return ids

@@ -31,11 +31,3 @@ def pack_columns(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:
     if bits == 4:
         return pack_nibbles((transposed ^ zero_point) & np.uint8(15))  # code - 8 in 4-bit two's complement
     return (transposed ^ zero_point).view(np.int8)
-
-
-def interleave_halves(matrix: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Rows [gate; up] -> gate row, up row, gate row, …: how ONNX Runtime's fused SwiGLU wants them."""
-    half = len(matrix) // 2
-    out = np.empty_like(matrix)
-    out[0::2], out[1::2] = matrix[:half], matrix[half:]
-    return out

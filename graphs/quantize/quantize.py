@@ -1,6 +1,6 @@
 """The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
 
-FP8 has one scale an output and becomes Mul(DequantizeLinear(codes, constant), gains).
+FP8 has one scale an output and becomes Mul(Transpose(DequantizeLinear(codes, constant)), gains).
 
 Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
 """
@@ -11,18 +11,32 @@ import dataclasses
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.fp8 import BASE
+from corral.graphs.quantize.e4m3 import BASE
 from corral.graphs.quantize.kinds import kind_of
 from corral.spec.errors import InputError
-from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
+from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, in_words, scheme_named
+from corral.spec.recipe import Recipe
 from corral.spec.weight_plan import Entry, step
+
+# How a checkpoint may store weights -> the options that keep them so.
+KEEPING = {
+    in_words(scheme, group): f"--weights {scheme} --group-size {group}"
+    for scheme in SCHEMES
+    for group in GROUP_SIZES
+    if SCHEMES[scheme].is_quantized and not SCHEMES[scheme].is_float
+}
 
 
 def quantize_weights(work: ModelAndPlan) -> bool:
-    """Quantize every matrix of a quantized kind. Raises InputError where the group size does not divide its inputs."""
+    """Quantize every matrix of a quantized kind; one that is published just so keeps its codes and scales.
+
+    Raises InputError where the group size does not divide a matrix's inputs, and where one is published quantized in
+    another way, unless the recipe says `requantize`.
+    """
     scheme = scheme_named(work.recipe.weights)
     if scheme.bits is None:
         return False
@@ -42,15 +56,23 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
         fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
         raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
-    rtn = {"bits": bits, "group_size": group}
+    quantizer = "rtn"
+    if entry.published == in_words(work.recipe.weights, group):
+        quantizer = "as_published"
+        entry = dataclasses.replace(
+            entry, pieces=tuple(dataclasses.replace(piece, as_stored=True) for piece in entry.pieces)
+        )
+    elif entry.published and not work.recipe.requantize:
+        raise _published_otherwise(entry, work.recipe)
+    how = {"bits": bits, "group_size": group}
     codes = dataclasses.replace(
-        entry.with_layout(step("rtn", output="codes", **rtn), step("pack_columns", bits=bits)),
+        entry.with_layout(step(quantizer, output="codes", **how), step("pack_columns", bits=bits)),
         name=f"{entry.name}.codes",
         dtype=dtype,
         cut_multiple=group,
     )
     scales = dataclasses.replace(
-        entry.with_layout(step("rtn", output="scales", **rtn), step("columns", dtype="float32")),
+        entry.with_layout(step(quantizer, output="scales", **how), step("columns", dtype="float32")),
         name=f"{entry.name}.scales",
         shape=(*entry.shape[:-2], inputs // group, entry.shape[-1]),
         parameters=0,
@@ -63,27 +85,36 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
 
 
 def _quantize_fp8(work: ModelAndPlan, entry: Entry, dtype: str) -> None:
+    """Codes are stored [..., outputs, inputs], as they are read: so a part of the outputs is a job, with their scales."""
     if entry.steps[-1].name != "columns":
         raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
+    if entry.published and not work.recipe.requantize:
+        raise _published_otherwise(entry, work.recipe)
+    *experts, inputs, outputs = entry.shape
     codes = dataclasses.replace(
-        entry.with_layout(step("fp8", output="codes"), step("columns", dtype=dtype)),
+        entry.with_layout(step("e4m3", output="codes"), step("rows", dtype=dtype)),
         name=f"{entry.name}.codes",
         dtype=dtype,
-        cut=None,  # an output's gain depends on all its inputs
+        shape=(*experts, outputs, inputs),
+        cut="rows",
     )
     gains = dataclasses.replace(
-        entry.with_layout(step("fp8", output="gains"), step("columns", dtype="float32")),
+        entry.with_layout(step("e4m3", output="scales"), step("gains"), step("rows", dtype="float32")),
         name=f"{entry.name}.gains",
-        shape=(*entry.shape[:-2], 1, entry.shape[-1]),
+        shape=(*experts, 1, outputs),
         parameters=0,
-        cut=None,
+        cut="rows",
     )
     weight = work.graph.initializers[entry.name]
     stored, gain = work.replace_weight(entry, codes, gains)
     base = work.constant(ir.tensor(np.array(BASE, np.float32), name="fp8_base"))
-    names = {SCOPE: entry.name}
-    dequantize = ir.node("DequantizeLinear", [stored, base], metadata_props=names)
-    _replace(work, weight, dequantize, ir.node("Mul", [dequantize.outputs[0], gain], metadata_props=dict(names)))
+    build = tape.Tape()
+    swapped = [*range(len(experts)), len(experts) + 1, len(experts)]
+    transposed = build.op("Transpose", [build.op("DequantizeLinear", [stored, base])], {"perm": swapped})
+    build.op("Mul", [transposed, gain])
+    for node in build.nodes:
+        node.metadata_props[SCOPE] = entry.name
+    _replace(work, weight, *build.nodes)
 
 
 def _replace(work: ModelAndPlan, weight: ir.Value, *nodes: ir.Node) -> None:
@@ -91,3 +122,12 @@ def _replace(work: ModelAndPlan, weight: ir.Value, *nodes: ir.Node) -> None:
     users = [use.node for use in weight.uses()]
     work.graph.insert_before(users[0], nodes)
     weight.replace_all_uses_with(nodes[-1].outputs[0])
+
+
+def _published_otherwise(entry: Entry, recipe: Recipe) -> InputError:
+    keep = f"{KEEPING[entry.published]} to keep its codes as they are, " if entry.published in KEEPING else ""
+    return InputError(
+        f"the checkpoint stores {entry.weight} quantized already ({entry.published}), and "
+        f"{in_words(recipe.weights, recipe.group_size)} was asked for: that would add a second error to the first. Use "
+        f"{keep}--weights fp32 to store its exact values, or --requantize to quantize it again all the same."
+    )

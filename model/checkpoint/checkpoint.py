@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corral.model.checkpoint import tokenizer_files
+from corral.model.checkpoint.hub import HubName
 from corral.model.checkpoint.names import EMBEDDING, HEAD
-from corral.model.checkpoint.store import TensorInfo, TensorStore
+from corral.model.checkpoint.store import QuantizedTensorStore, TensorInfo, TensorStore
 from corral.model.checkpoint.synthetic import is_synthetic
 from corral.spec.errors import InputError
 from corral.spec.model_config import ModelConfig
@@ -31,6 +33,9 @@ class Checkpoint:
     store: TensorStore
     names: Mapping[str, str]  # our parameter -> its tensor; every parameter of the config is there
     dropped: tuple[str, ...]  # tensors that are deliberately not read
+    part: str = ""  # "?layers=4-7" where these are not all layers
+    config_name: str = "config.json"  # the file that describes the model
+    hub: HubName | None = None  # the repository that it is of, pinned to a commit
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -54,6 +59,24 @@ class Checkpoint:
         _refuse_non_finite(values, source)
         return values
 
+    def read_piece(self, source: Source) -> Any:
+        """What a plan's steps begin with: the values, as `read` gives them, or with `as_stored` a dict of two arrays.
+
+        Those are "codes", uint8, and "scales", float32: as `QuantizedTensorStore.read_codes` says, seen as `source` says.
+        """
+        if source.interleave:
+            stored = self.tensors[source.tensor].shape
+            gate, up = source.halves(stored[-1] if source.transposed else stored[-2])
+            return alternating(self.read_piece(gate), self.read_piece(up), source.interleave)
+        if not source.as_stored:
+            return self.read(source)
+        store: QuantizedTensorStore = self.store  # type: ignore[assignment]  # such a source is of a quantized tensor
+        codes, scales = store.read_codes(source.tensor, self._where(source))
+        return {
+            name: (part.t() if source.transposed else part).contiguous().numpy()
+            for name, part in (("codes", codes), ("scales", scales))
+        }
+
     def read_raw(self, source: Source) -> NDArray[np.generic]:
         """The slice in the checkpoint's own dtype; numpy has no bfloat16, so its bits come as uint16."""
         view = self._view(source)
@@ -66,10 +89,9 @@ class Checkpoint:
         """Every parameter, whole, under our names in its own dtype: for models that fit in memory."""
         return {name: self.store.read_slice(tensor, ()).clone() for name, tensor in self.names.items()}
 
-    @property
-    def tokenizer_path(self) -> Path | None:
-        """`tokenizer.json`, or None."""
-        return tokenizer_files.find_tokenizer(self.directory)
+    def tokenizer(self) -> bytes | None:
+        """The content of `tokenizer.json`, or None. Takes seconds where Meta's `tokenizer.model` must be converted."""
+        return tokenizer_files.read_tokenizer(self.directory)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -86,20 +108,33 @@ class Checkpoint:
 
     @property
     def location(self) -> str:
-        """What opens this checkpoint again from another working directory."""
-        return str(self.directory if is_synthetic(self.directory) else self.directory.resolve())
+        """What opens this checkpoint again, from another working directory and in another year."""
+        if self.hub is not None:
+            return f"{self.hub}{self.part}"
+        return f"{self.directory if is_synthetic(self.directory) else self.directory.resolve()}{self.part}"
+
+    @property
+    def name(self) -> str:
+        """What to call it: its repository, the directory's name, or `synthetic:…`."""
+        return Path(self.location).name if self.hub is None else f"{self.hub.repository}{self.part}"
 
     @property
     def config_sha256(self) -> str:
-        """Of `config.json`; a synthetic checkpoint has none, and its config itself is hashed."""
+        """Of the file `config_name`; a synthetic checkpoint has none, and its config itself is hashed."""
         if is_synthetic(self.directory):
             data = json.dumps(self.config.to_json(), sort_keys=True).encode()
         else:
-            data = (self.directory / "config.json").read_bytes()
+            data = (self.directory / self.config_name).read_bytes()
         return hashlib.sha256(data).hexdigest()
 
     def _view(self, source: Source) -> Tensor:
-        """What `Source` describes, as a view that may alias the file. A slice out of bounds is a mistake of ours."""
+        """What `Source` describes, as a view that may alias the file."""
+        assert not source.interleave, "only `read_piece` interleaves"
+        view = self.store.read_slice(source.tensor, self._where(source))
+        return view.t() if source.transposed else view
+
+    def _where(self, source: Source) -> tuple[int | slice, ...]:
+        """`Source` in the axes of its tensor. A slice out of bounds is a mistake of ours."""
         shape = self.tensors[source.tensor].shape
         kept = shape if source.index is None else shape[1:]
         cuts = [cut for cut in (source.rows, source.columns) if cut]
@@ -110,8 +145,18 @@ class Checkpoint:
         where: list[int | slice] = [slice(*cut) for cut in (cuts[::-1] if source.transposed else cuts)]
         if source.index is not None:
             where.insert(0, source.index)
-        view = self.store.read_slice(source.tensor, tuple(where))
-        return view.t() if source.transposed else view
+        return tuple(where)
+
+
+def alternating(gate: Any, up: Any, run: int) -> Any:
+    """Two halves [rows, columns], or dicts of such, as one of runs of `run` rows that alternate."""
+    if isinstance(gate, dict):
+        return {name: alternating(gate[name], up[name], run) for name in gate}
+    rows, columns = gate.shape
+    both = np.empty((rows // run, 2, run, columns), gate.dtype)
+    for i, half in enumerate((gate, up)):
+        both[:, i] = half.reshape(rows // run, run, columns)
+    return both.reshape(2 * rows, columns)
 
 
 def _refuse_non_finite(values: NDArray[np.float32], source: Source) -> None:

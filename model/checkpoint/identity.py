@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.store import TensorInfo
 
 
 def checkpoint_identity(checkpoint: Checkpoint) -> str:
@@ -15,9 +17,17 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     tensors = checkpoint.tensors
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape} {tensors[name].file.name}\n".encode())
-    for file in sorted({info.file for info in tensors.values()}):
+        for info in _stored(tensors[name]):
+            digest.update(f"{info.name} {info.dtype} {info.shape} {info.published} {info.file.name}\n".encode())
+    for file in sorted({file for tensor in tensors.values() for info in _stored(tensor) for file in info.files}):
         if file.exists():  # values may come from elsewhere than from files
             found = file.stat()
             digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _stored(tensor: TensorInfo) -> Iterator[TensorInfo]:
+    """A tensor, and all that it is made of."""
+    yield tensor
+    for part in tensor.parts:
+        yield from _stored(part)

@@ -39,6 +39,19 @@ DROPPED_PREFIXES = {
     "multi_modal_projector.": "image encoder",
     "model.vision_model.": "image encoder",
     "model.multi_modal_projector.": "image encoder",
+    # In Meta's own files.
+    "vision_embeddings.": "image encoder",
+    "vision_projection.": "image encoder",
+}
+# End of a tensor's name -> why it is not read: what belongs to quantized activations or a quantized KV cache, not to weights.
+DROPPED_SUFFIXES = {
+    ".input_scale": "activation scale",
+    ".input_zero_point": "activation zero point",
+    ".output_scale": "activation scale",
+    ".output_zero_point": "activation zero point",
+    ".q_scale": "activation scale",
+    ".k_scale": "KV cache scale",
+    ".v_scale": "KV cache scale",
 }
 
 
@@ -50,7 +63,7 @@ def detect_form(names: Collection[str], config: ModelConfig) -> NameForm:
 
 def is_dropped(name: str) -> bool:
     """Whether a tensor is deliberately not read."""
-    return name.startswith(tuple(DROPPED_PREFIXES))
+    return name.startswith(tuple(DROPPED_PREFIXES)) or name.endswith(tuple(DROPPED_SUFFIXES))
 
 
 def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,53 +10,92 @@ from pathlib import Path
 import torch
 
 from corral.model.checkpoint.checkpoint import Checkpoint
-from corral.model.checkpoint.json_file import read_json
+from corral.model.checkpoint.expert_tensors import fuse_experts
+from corral.model.checkpoint.hub import fetch, hub_name
+from corral.model.checkpoint.meta_pth import can_open_meta, open_meta
 from corral.model.checkpoint.names import EMBEDDING, HEAD, detect_form, expected_parameters, is_dropped
+from corral.model.checkpoint.part import split_part, take_layers
+from corral.model.checkpoint.quantization import open_quantized
 from corral.model.checkpoint.safetensors import can_open_safetensors, open_safetensors
-from corral.model.checkpoint.store import TensorStore, listed
+from corral.model.checkpoint.store import Complaints, TensorStore, listed
 from corral.model.checkpoint.synthetic import FORM, is_synthetic, open_synthetic, parse_synthetic
 from corral.spec.errors import InputError
+from corral.spec.meta_params import PARAMS_NAME
 from corral.spec.model_config import ModelConfig, read_config
+from corral.spec.progress import Progress, silent
 
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store weights in a directory."""
+    """One way to store a checkpoint in a directory: weights, and the file that says what they are."""
 
     name: str
+    config_name: str
     can_open: Callable[[Path], bool]
-    open: Callable[[Path], TensorStore]
+    open: Callable[[Path, Complaints], tuple[ModelConfig, TensorStore]]
 
 
-FORMATS = (Format("safetensors", can_open_safetensors, open_safetensors),)
-# What else people have, told apart so that the error can say so. Pickles run code when read: none is, ever.
+def _open_hugging_face(
+    directory: Path, complaints: Complaints, open_store: Callable[[Path], TensorStore] = open_safetensors
+) -> tuple[ModelConfig, TensorStore]:
+    config = read_config(directory / CONFIG_NAME)
+    store = open_quantized(open_store(directory), directory / CONFIG_NAME, complaints)
+    return config, fuse_experts(store, config, complaints)
+
+
+CONFIG_NAME = "config.json"
+FORMATS = (
+    Format("safetensors", CONFIG_NAME, can_open_safetensors, _open_hugging_face),
+    Format("Meta's consolidated.*.pth", PARAMS_NAME, can_open_meta, lambda directory, _: open_meta(directory)),
+)
+# What else people have, told apart so that the error can say so.
 REFUSED_FILES = {"*.bin": "PyTorch pickles", "*.pt": "PyTorch pickles", "*.pth": "PyTorch pickles", "*.gguf": "GGUF"}
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, weights: bool = True, progress: Progress = silent) -> Checkpoint:
     """Open and check a checkpoint directory, reading headers only; `synthetic:PRESET` opens one that is made up.
 
-    Raises InputError where it is missing, malformed, quantized, of another architecture, or where tensors are unknown,
-    missing, or of the wrong shape or dtype (all of these in one error).
+    `NAME?layers=4-7` takes these layers of it, `NAME?layers=4` the first four. `owner/name[@revision]` opens one on the
+    Hub and downloads what is needed of it; without `weights` only config and headers, which say all but the values.
+
+    Raises InputError where it is missing, malformed, of another architecture, quantized in a way that is not read, or
+    where tensors are unknown, missing, or of the wrong shape or dtype (all of these in one error); EnvironmentProblem
+    where it is gated or cannot be reached.
     """
-    directory = Path(path)
+    name, layers = split_part(os.fspath(path))
+    whole = _open_whole(Path(name), weights=weights, progress=progress)
+    return whole if layers is None else take_layers(whole, layers)
+
+
+def _open_whole(directory: Path, *, weights: bool, progress: Progress) -> Checkpoint:
     if is_synthetic(directory):
         return _open_synthetic(str(directory))
+    hub = None
+    if (name := hub_name(directory)) is not None:
+        snapshot = fetch(name, weights=weights, progress=progress)
+        hub, directory = snapshot.name, snapshot.directory
     _check_directory(directory)
-    config = read_config(directory / "config.json")
-    _refuse_quantized(directory / "config.json")
-    store = _open_store(directory)
+    complaints: Complaints = {}
+    if hub is not None and not weights:
+        stored_as, headers = FORMATS[0], snapshot.headers()
+        config, store = _open_hugging_face(directory, complaints, lambda _: headers)
+    else:
+        stored_as = _format(directory)
+        config, store = stored_as.open(directory, complaints)
     form = detect_form(store.tensors, config)
     names = {name: form.source(name) for name in expected_parameters(config)}
     dropped = {name for name in store.tensors if is_dropped(name)}
     if config.tie_word_embeddings and form.head in store.tensors:
-        _check_tied(store, form.source(EMBEDDING), form.source(HEAD))
+        if not complaints:  # what they are about cannot be read
+            _check_tied(store, form.source(EMBEDDING), form.source(HEAD))
         dropped.add(form.head)
-    _check_tensors(directory, config, store, names, dropped)
+    _check_tensors(directory / stored_as.config_name, config, store, names, dropped, complaints)
     return Checkpoint(
         directory=directory,
+        config_name=stored_as.config_name,
+        hub=hub,
         config=config,
         store=store,
         names=names,
@@ -66,27 +104,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _open_synthetic(name: str) -> Checkpoint:
-    """A preset, or a range of its layers: they are then numbered from 0, and keep their values."""
-    preset, part = parse_synthetic(name)
-    store, whole = open_synthetic(preset, name), preset.model
-    first, last = part or (0, whole.num_layers - 1)
-    config = dataclasses.replace(whole, layers=whole.layers[first : last + 1])
-    names = {ours: FORM.source(_shifted(ours, first)) for ours in expected_parameters(config)}
-    read = set(names.values())
-    return Checkpoint(
-        directory=Path(name),
-        config=config,
-        store=store,
-        names=names,
-        dropped=tuple(tensor for tensor in store.tensors if tensor not in read),
-    )
-
-
-def _shifted(name: str, first: int) -> str:
-    """`layers.0.x` -> `layers.4.x` where layers are counted from 4."""
-    layers, _, rest = name.partition(".")
-    number, _, rest = rest.partition(".")
-    return f"layers.{int(number) + first}.{rest}" if layers == "layers" else name
+    preset = parse_synthetic(name)
+    store = open_synthetic(preset, name)
+    names = {ours: FORM.source(ours) for ours in expected_parameters(preset.model)}
+    return Checkpoint(directory=Path(name), config=preset.model, store=store, names=names, dropped=())
 
 
 def _check_directory(directory: Path) -> None:
@@ -98,22 +119,11 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def _refuse_quantized(path: Path) -> None:
-    config = read_json(path)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        if quantization := part.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise InputError(
-                f"{path} says that the weights are already quantized ({method or str(quantization)[:80]}); expected "
-                "bf16, fp16 or fp32 weights. Give corral the original checkpoint."
-            )
-
-
-def _open_store(directory: Path) -> TensorStore:
+def _format(directory: Path) -> Format:
     for form in FORMATS:
         if form.can_open(directory):
-            return form.open(directory)
+            return form
+    read_config(directory / CONFIG_NAME)  # says first where not even that is there
     others = [f"{kind} ({pattern})" for pattern, kind in REFUSED_FILES.items() if any(directory.glob(pattern))]
     instead = f"it holds {' and '.join(others)}, which corral does not read" if others else "it holds no weights at all"
     raise InputError(
@@ -122,7 +132,12 @@ def _open_store(directory: Path) -> TensorStore:
 
 
 def _check_tensors(
-    directory: Path, config: ModelConfig, store: TensorStore, names: dict[str, str], dropped: set[str]
+    described: Path,
+    config: ModelConfig,
+    store: TensorStore,
+    names: dict[str, str],
+    dropped: set[str],
+    found_before: Complaints,
 ) -> None:
     """Every parameter is there, of the right shape and a dtype we read, and nothing else: or one error says it all."""
     shapes = {names[name]: shape for name, shape in expected_parameters(config).items()}
@@ -134,13 +149,15 @@ def _check_tensors(
     complaints = {
         "missing": missing,
         "unknown": unknown,
-        "of another shape than config.json says": wrong_shape,
+        f"of another shape than {described.name} says": wrong_shape,
         f"of another dtype than {', '.join(WEIGHT_DTYPES)}": wrong_dtype,
     }
+    for what, names_ in found_before.items():
+        complaints[what] = names_ + complaints.get(what, [])
     found = [f"{len(names)} {what}: {listed(names)}" for what, names in complaints.items() if names]
     if found:
         raise InputError(
-            f"{directory}: the tensors are not those that config.json describes; {'; '.join(found)}. Either the "
+            f"{described.parent}: the tensors are not those that {described.name} describes; {'; '.join(found)}. Either the "
             "checkpoint is incomplete or damaged (download it again) or it is not a plain Llama 4."
         )
 

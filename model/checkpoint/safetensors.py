@@ -6,8 +6,9 @@ tensors one after the other without holes (https://github.com/huggingface/safete
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corral.model.checkpoint.json_file import parse_json, read_json
+from corral.model.checkpoint.names import is_dropped
 from corral.model.checkpoint.store import TensorInfo, listed
 from corral.spec.errors import InputError
 
@@ -76,52 +78,79 @@ def open_safetensors(directory: Path) -> SafetensorsStore:
     return SafetensorsStore(tensors)
 
 
-def _read_indexed(directory: Path, index: Path) -> dict[str, TensorInfo]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index has it. Raises InputError where it is damaged or names a file outside."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index} has no weight_map of tensor names to file names: it is damaged.")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         path = PurePosixPath(shard)
         if not shard or path.is_absolute() or ".." in path.parts or "\\" in shard or "\0" in shard:
             raise InputError(f"{index} names the file {shard!r}, which is outside the checkpoint; it is not opened.")
-    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+    return weight_map
+
+
+def join_headers(
+    index: Path, weight_map: Mapping[str, str], headers: Mapping[str, dict[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of all files whose headers are given, held against the index."""
+    placed = {name: shard for name, shard in weight_map.items() if shard in headers}
+    if absent := [name for name, shard in placed.items() if name not in headers[shard]]:
         raise InputError(
-            f"{directory} lacks {len(missing)} of the {len(shards)} files that {INDEX_NAME} names: {listed(missing)}. "
-            "Download the checkpoint again."
-        )
-    headers = {shard: read_header(directory / shard) for shard in shards}
-    if absent := [name for name, shard in weight_map.items() if name not in headers[shard]]:
-        raise InputError(
-            f"{index} places {listed([f'{name} in {weight_map[name]}' for name in absent])}, but that is not there: "
+            f"{index} places {listed([f'{name} in {placed[name]}' for name in absent])}, but that is not there: "
             "index and files are not of one checkpoint."
         )
     # A tensor the index forgets still counts, so that it is either used or reported as unknown; the index has the last
     # word on which shard is meant.
     every = {name: info for header in headers.values() for name, info in header.items()}
-    return every | {name: headers[shard][name] for name, shard in weight_map.items()}
+    return every | {name: headers[shard][name] for name, shard in placed.items()}
+
+
+def _read_indexed(directory: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_weight_map(index)
+    shards = sorted(set(weight_map.values()))
+    # A file of nothing but what is never read need not be there: it was not downloaded.
+    needed = {shard for name, shard in weight_map.items() if not is_dropped(name)}
+    absent = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing := [shard for shard in absent if shard in needed]:
+        raise InputError(
+            f"{directory} lacks {len(missing)} of the {len(shards)} files that {INDEX_NAME} names: {listed(missing)}. "
+            "Download the checkpoint again."
+        )
+    headers = {shard: read_header(directory / shard) for shard in shards if shard not in absent}
+    return join_headers(index, weight_map, headers)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one file. Trusts nothing: neither length, offsets, shapes nor types. Raises InputError."""
-    # Hub caches hold links to blobs; loaders further on refuse links, so the file itself is named.
-    file = file.resolve()
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or length > size - 8 or length > HEADER_BYTES:
-                raise InputError(
-                    f"{file} has {size} bytes and claims a header of {length}; expected at most "
-                    f"{min(HEADER_BYTES, max(size - 8, 0))}. It is truncated or no safetensors file."
-                )
-            header = parse_json(opened.read(length), f"the header of {file}")
+
+            def read(begin: int, end: int) -> bytes:
+                opened.seek(begin)
+                return opened.read(end - begin)
+
+            return parse_header(read, size, file)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from None
+
+
+def parse_header(read: Callable[[int, int], bytes], size: int, file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file of `size` bytes, of which `read(begin, end)` gives some; `file` names it."""
+    length = int.from_bytes(read(0, 8), "little") if size >= 8 else 0
+    if size < 8 or length > size - 8 or length > HEADER_BYTES:
+        raise InputError(
+            f"{file} has {size} bytes and claims a header of {length}; expected at most "
+            f"{min(HEADER_BYTES, max(size - 8, 0))}. It is truncated or no safetensors file."
+        )
+    header = parse_json(read(8, 8 + length), f"the header of {file}")
     header.pop("__metadata__", None)
     places = {name: _read_place(name, place, file) for name, place in header.items()}
     _check_offsets({name: offsets for name, (_, offsets) in places.items()}, size - 8 - length, file)
-    return {name: info for name, (info, _) in places.items()}
+    # Hub caches hold links to blobs; loaders further on refuse links, so the file itself is named.
+    real = file.resolve()
+    return {name: dataclasses.replace(info, file=real) for name, (info, _) in places.items()}
 
 
 def _read_place(name: str, place: Any, file: Path) -> tuple[TensorInfo, tuple[int, int]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,10 +25,8 @@ from torch import Tensor
 
 from corral.model.checkpoint.names import EMBEDDING, FORMS, expected_parameters
 from corral.model.checkpoint.store import TensorInfo
-from corral.spec.errors import InputError
 from corral.spec.presets import SYNTHETIC, Preset, preset_named
 
-SPELLING = re.compile(r"synthetic:(?P<preset>[^?]*)(\?layers=(?P<first>\d{1,4})(-(?P<last>\d{1,4}))?)?")
 POOL = 1 << 22  # numbers: 8 MiB of bfloat16, which the largest cache of a CPU holds, or nearly
 OUTLIER_EVERY, OUTLIER_FACTOR = 1024, 8.0
 NORM_SPREAD = 0.05
@@ -85,21 +82,9 @@ def is_synthetic(path: object) -> bool:
     return str(path).startswith(SYNTHETIC)
 
 
-def parse_synthetic(name: str) -> tuple[Preset, tuple[int, int] | None]:
-    """`synthetic:scout?layers=0-3` -> the preset, and the first and last layer taken (a count takes the first ones)."""
-    match = SPELLING.fullmatch(name)
-    if match is None:
-        raise InputError(f'"{name[:120]}" is not understood; expected synthetic:PRESET or synthetic:PRESET?layers=0-3.')
-    preset = preset_named(match["preset"])
-    if match["first"] is None:
-        return preset, None
-    first, last = (0, int(match["first"]) - 1) if match["last"] is None else (int(match["first"]), int(match["last"]))
-    if not first <= last < preset.model.num_layers:
-        raise InputError(
-            f"{name[:120]}: {preset.title} has {preset.model.num_layers} layers, 0 to {preset.model.num_layers - 1}; "
-            "expected a count of them or FIRST-LAST."
-        )
-    return preset, (first, last)
+def parse_synthetic(name: str) -> Preset:
+    """`synthetic:scout` -> the preset."""
+    return preset_named(name.removeprefix(SYNTHETIC))
 
 
 def open_synthetic(preset: Preset, name: str, seed: int = 0) -> SyntheticStore:

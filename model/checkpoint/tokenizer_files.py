@@ -5,20 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from corral.model.checkpoint import meta_tokenizer
 from corral.model.checkpoint.json_file import read_json
 from corral.spec.errors import InputError
 
-TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_NAME, META_TOKENIZER_NAME = "tokenizer.json", "tokenizer.model"
 # Later files win.
 SPECIAL_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 # Earlier files win.
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
-def find_tokenizer(directory: Path) -> Path | None:
-    """The `tokenizer.json` of a checkpoint, its links resolved; None where it has none."""
+def read_tokenizer(directory: Path) -> bytes | None:
+    """The `tokenizer.json` of a checkpoint, made of Meta's `tokenizer.model` where only that is there; None without."""
     path = directory / TOKENIZER_NAME
-    return path.resolve() if path.is_file() else None
+    if path.is_file():
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    return meta_tokenizer.convert_tokenizer(path.with_name(META_TOKENIZER_NAME)) if _only_metas(directory) else None
 
 
 def read_chat_template(directory: Path) -> str | None:
@@ -35,7 +41,7 @@ def read_chat_template(directory: Path) -> str | None:
 
 def read_special_tokens(directory: Path) -> dict[str, str]:
     """Role -> token: {"bos_token": "<|begin_of_text|>", …}."""
-    tokens = {}
+    tokens = dict(meta_tokenizer.ROLES) if _only_metas(directory) else {}
     for name in SPECIAL_TOKEN_FILES:
         for role, value in _read_if_there(directory / name).items():
             content = value.get("content") if isinstance(value, dict) else value
@@ -52,6 +58,10 @@ def read_eos_token_ids(directory: Path) -> tuple[int, ...]:
     if not all(type(item) is int and item >= 0 for item in ids):
         raise InputError(f"{path}: eos_token_id is {str(value)[:80]}, expected a token id or a list of them.")
     return tuple(ids)
+
+
+def _only_metas(directory: Path) -> bool:
+    return (directory / META_TOKENIZER_NAME).is_file() and not (directory / TOKENIZER_NAME).is_file()
 
 
 def _read_text(path: Path) -> str:

@@ -73,6 +73,10 @@ def test_version(corral: Corral) -> None:
         (["compile"], "Missing argument 'CHECKPOINT'. Run `corral compile --help`"),
         (["compile", "x", "-o", "y", "--weights", "int3"], 'weights "int3" are not known; expected one of fp32'),
         (["compile", "x", "-o", "y", "--group-size", "7"], "group_size is 7, expected one of 32, 64, 128"),
+        (["compile", "x"], "expected -o OUT, or --discard to write nothing; got neither."),
+        (["compile", "x", "-o", "y", "--discard"], "expected -o OUT, or --discard to write nothing; got both."),
+        (["compile", "x", "-o", "y", "--ray", "head"], '--ray is "head", expected HOST:PORT of a cluster'),
+        (["compile", "x", "--discard", "--ray", "head"], '--ray is "head", expected HOST:PORT of a cluster'),
         (["inspect", "nowhere"], "nowhere does not exist; expected a bundle made by `corral compile`"),
         (["validate", "a", "b"], "expected --text FILE or --token-ids FILE, got neither"),
     ],
@@ -128,7 +132,8 @@ def test_every_package_that_can_be_missing_has_an_installer() -> None:
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = {"corral": project["dependencies"], "corral[compile]": project["optional-dependencies"]["compile"]}
+    extras = {f"corral[{extra}]": project["optional-dependencies"][extra] for extra in ("compile", "ray")}
+    asked = {"corral": project["dependencies"], **extras}
     for extra, requirements in asked.items():
         modules = {requirement.split(">=")[0].replace("-", "_") for requirement in requirements} - {"click"}
         assert {module for module, by in failure.INSTALLED_BY.items() if by == extra} == modules

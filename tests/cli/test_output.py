@@ -55,7 +55,34 @@ def test_a_log_gets_a_line_every_two_seconds_and_none_for_quick_work() -> None:
     for tick in range(21):
         now[0] = tick / 4
         progress("score", tick, 20, "tokens")
-    assert lines == ["score 8 of 20 tokens", "score 16 of 20 tokens"]
+    assert lines == ["score 8 of 20 tokens, 3.0 s left", "score 16 of 20 tokens, 1.0 s left"]
+
+
+def test_a_logs_line_says_how_fast_it_goes_and_how_long_it_will_take() -> None:
+    now, lines = [0.0], list[str]()
+    progress = plain_progress(clock=lambda: now[0], write=lines.append)
+    for _ in range(2):  # two builds, one after the other
+        for tick in range(1, 5):
+            now[0] += 1
+            progress("check files", tick * 1e9, 4e9, "bytes")
+    assert (
+        lines
+        == [
+            "check files 2.0 GB of 4.0 GB, 1.0 GB/s, 2.0 s left",
+            "check files 4.0 GB of 4.0 GB, 1.0 GB/s",
+        ]
+        * 2
+    )
+
+
+def test_what_an_earlier_run_has_done_is_no_speed() -> None:
+    now, lines = [0.0], list[str]()
+    progress = plain_progress(clock=lambda: now[0], write=lines.append)
+    for done in (900e6, 910e6):
+        progress("weights", done, 1e9, "parameters")
+        now[0] += 10
+    progress("weights", 910e6, 1e9, "parameters")
+    assert lines[0] == "weights 910.0 M of 1.0 B parameters, 1.0 M parameters/s, 90 s left"
 
 
 def test_a_rate_carries_its_unit_and_is_left_out_where_it_says_nothing() -> None:

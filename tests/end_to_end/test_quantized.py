@@ -13,11 +13,14 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from corral.graphs import compile
 from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Llama4Text
+from corral.runtime import LLM
 from corral.spec.bundle import open_bundle
 from corral.spec.kv_layout import kv_layouts
+from corral.spec.recipe import Recipe
 
 GROUP = 32
 Bundle = Callable[[str, str, str], Path]
@@ -94,6 +97,27 @@ def test_cpu_kernels_compute_the_dequantized_model(
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize(("published", "weights"), [("fp8 per output", "fp32"), ("int4 g32", "int4")])
+def test_published_weights_compute_what_their_authors_mean(
+    published_checkpoint: Callable[..., tuple[Path, Path]], tmp_path: Path, published: str, weights: str, target: str
+) -> None:
+    """Against the numbers that the library dequantizes. Every matrix but the routers is published quantized."""
+    quantized, plain = published_checkpoint("two_layers", published, "^(?!.*router)")
+    compile(quantized, tmp_path / "out", Recipe(target=target, weights=weights, group_size=GROUP))
+    model = load_reference(open_checkpoint(plain))
+    ids = np.random.default_rng(7).integers(0, 256, 16)
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    path = tmp_path / "out" / "decoder.onnx"
+    if target == "portable":
+        evaluator = onnx.reference.ReferenceEvaluator(onnx.load(path))
+        got = first_chunk_logits(lambda names, feeds: evaluator.run(names, feeds), path.parent, model, ids)
+    else:
+        got = first_chunk_logits(onnxruntime_in_float(path), path.parent, model, ids)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
 @pytest.mark.parametrize(
     ("form", "weights"), [("scout", "fp32"), ("scout", "int4"), ("maverick", "int8"), ("topk2", "fp32")]
 )
@@ -110,6 +134,32 @@ def test_portable_graphs_run_in_onnx_reference_evaluator(
         want = model.logits(torch.tensor(ids)[None])[0].numpy()
     evaluator = onnx.reference.ReferenceEvaluator(onnx.load(bundle / "decoder.onnx"))
     got = first_chunk_logits(lambda names, feeds: evaluator.run(names, feeds), bundle, model, ids)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("form", "weights"), [("scout", "int4"), ("maverick", "int8"), ("guard", "int4")])
+def test_portable_bundles_compute_in_float(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, form: str, weights: str
+) -> None:
+    model = quantized_reference(tiny_checkpoint(form), {"int8": 8, "int4": 4}[weights])
+    ids = np.random.default_rng(8).integers(0, 256, 40)
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    got = LLM(tiny_bundle(form, "portable", weights)).score(ids)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("form", ["scout", "maverick", "topk2"])
+def test_a_bundle_larger_than_memory_computes_in_float(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Weights that stay in the file are not packed for the int8 kernels; over a chunk boundary."""
+    monkeypatch.setattr("corral.runtime.onnxruntime_session.usable_memory", lambda: 0)
+    model = quantized_reference(tiny_checkpoint(form), 4)
+    ids = np.random.default_rng(7).integers(0, 256, 40)
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    got = LLM(tiny_bundle(form, "cpu", "int4")).score(ids)
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 

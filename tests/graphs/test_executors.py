@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from corral.graphs.compiler import lower
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import Finished, RunJob, Serial
-from corral.graphs.execute.job import Job
+from corral.graphs.execute.job import Job, plan_jobs
 from corral.graphs.execute.process_pool import ProcessPool
 from corral.graphs.execute.shards import Shards
 from corral.graphs.model_and_plan import ModelAndPlan
@@ -80,6 +82,39 @@ def digests(directory: Path) -> dict[str, str]:
     return {record.path: record.sha256 for record in open_bundle(directory).manifest.files}
 
 
+def children(process: int) -> list[int]:
+    return [
+        int(child)
+        for task in Path(f"/proc/{process}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(met: Callable[[], bool]) -> None:
+    """Wait for a condition that another process brings about."""
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def cmdline(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+def finished(directory: Path) -> int:
+    """Jobs that the journal of an unfinished compile knows."""
+    found = read_journal(directory)
+    return len(found.done) if found is not None else 0
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The SHA-256s of a compile that nothing interrupted."""
@@ -94,6 +129,21 @@ def test_a_pool_of_any_size_writes_the_same_bytes(
 ) -> None:
     write(tiny_checkpoint("guard"), tmp_path, executor=ProcessPool(workers))
     assert digests(tmp_path) == whole
+
+
+@pytest.mark.parametrize("weights", ["int4", "fp32"])
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_experts_cut_into_small_jobs_have_the_bytes_of_whole_ones(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Callable[[str, str, str], Path], tmp_path: Path, target: str, weights: str
+) -> None:
+    recipe = Recipe(target=target, weights=weights, group_size=32)
+    work = lowered(tiny_checkpoint("scout"), recipe)
+    jobs = plan_jobs(work.plan, work.plan.placements(), ELEMENTS)
+    experts = [job for job in jobs if ".experts." in job.source.tensor]
+    wholes = {(job.source.tensor, job.source.index) for job in experts}
+    assert len(experts) >= 2 * len(wholes)
+    write(tiny_checkpoint("scout"), tmp_path, recipe)
+    assert digests(tmp_path) == digests(tiny_bundle("scout", target, weights))
 
 
 def test_a_pool_raises_a_damaged_weight_by_name_and_leaves_nothing(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -207,7 +257,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     for _ in range(KILLS):
         process = context.Process(target=write_bundle, args=(work, source, tmp_path), kwargs={"how": how})
         process.start()
-        time.sleep(moments.uniform(0.005, 0.1))
+        until(lambda: finished(tmp_path) > reached[-1] or not process.is_alive())  # noqa: B023
+        time.sleep(moments.uniform(0, 0.02))
         process.kill()
         process.join()
         found = read_journal(tmp_path)
@@ -217,4 +268,53 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert len(set(reached)) > 3, f"the kills came too early or too late to tell anything: {reached}"
     if not (tmp_path / "manifest.json").exists():
         write_bundle(work, source, tmp_path, how=how)
+    assert digests(tmp_path) == whole
+
+
+def test_a_compile_killed_with_its_pool_leaves_no_worker_and_goes_on_to_the_same_bytes(
+    tiny_checkpoint: Checkpoint, whole: dict[str, str], tmp_path: Path
+) -> None:
+    """kill -9 of the compile alone, at random numbers of finished jobs."""
+    source, work = open_checkpoint(tiny_checkpoint("guard")), lowered(tiny_checkpoint("guard"), INT4)
+    how = Execution(job_elements=ELEMENTS, sync_bytes=1, executor=ProcessPool(2))
+    moments = random.Random(5)
+
+    for _ in range(3):
+        before, more = finished(tmp_path), moments.randint(1, 60)
+        process = multiprocessing.get_context("fork").Process(
+            target=write_bundle, args=(work, source, tmp_path), kwargs={"how": how}
+        )
+        process.start()
+        assert process.pid is not None
+        until(lambda: finished(tmp_path) >= before + more)  # noqa: B023  # called here, at once
+        workers = children(process.pid)
+        process.kill()
+        process.join()
+        assert len(workers) == 2
+        until(lambda: not any(map(is_running, workers)))  # noqa: B023
+        assert not (tmp_path / "manifest.json").exists()
+    write_bundle(work, source, tmp_path, how=how)
+    assert digests(tmp_path) == whole
+
+
+def test_a_killed_worker_is_said_and_the_compile_goes_on_later(
+    tiny_checkpoint: Checkpoint, whole: dict[str, str], tmp_path: Path, watched: Callable[..., Any]
+) -> None:
+    """As the kernel does it where memory runs out."""
+
+    def kill() -> None:
+        workers = [p for p in children(os.getpid()) if b"corral.graphs.execute.worker" in cmdline(p)]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+
+    with pytest.raises(
+        EnvironmentProblem, match=r"worker process was killed.*smaller --jobs\. \d+ of \d+ jobs are finished"
+    ):
+        write(tiny_checkpoint("guard"), tmp_path, executor=watched(ProcessPool(2), {30: kill}))
+    journal = read_journal(tmp_path)
+    assert journal is not None
+    assert len(journal.done) >= 29
+    rest = watched(Serial())
+    write(tiny_checkpoint("guard"), tmp_path, executor=rest)
+    assert not set(rest.order) & set(journal.done)
     assert digests(tmp_path) == whole

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from corral.graphs.quantize.pack import interleave_halves, pack_columns, pack_nibbles, pack_rows, unpack_nibbles
+from corral.graphs.quantize.pack import pack_columns, pack_nibbles, pack_rows, unpack_nibbles
 from corral.graphs.quantize.rtn import rtn
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -78,7 +78,3 @@ def test_columns_are_what_onnx_reads_back(bits: int, stored_type: type, data: st
     tensor = onnx.helper.make_tensor("w", kind, (6, 32), raw, raw=True)
     got = onnx.numpy_helper.to_array(tensor).astype(np.int64)
     np.testing.assert_array_equal(got, codes.T.astype(np.int64) - 2 ** (bits - 1))
-
-
-def test_halves_are_interleaved_row_by_row() -> None:
-    assert interleave_halves(np.array([[1], [2], [10], [20]])).tolist() == [[1], [10], [2], [20]]

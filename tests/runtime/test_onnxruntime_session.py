@@ -12,7 +12,7 @@ from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.spec import graph_io
 from corral.spec.bundle import open_bundle
 from corral.spec.errors import CorralError, InputError
-from corral.spec.manifest import GraphRecord
+from corral.spec.manifest import CoverageRecord, GraphRecord
 from corral.spec.model_config import ModelConfig
 
 HEADS, DIM = 2, 8  # key/value heads and their width: half of hidden, so that keys can be a slice of it
@@ -160,10 +160,27 @@ def test_a_graph_with_other_inputs_is_refused(make_bundle: Any, config: ModelCon
         LLM(make_bundle(graph=graph))
 
 
-def test_several_graphs_are_refused_clearly(make_bundle: Any) -> None:
-    graphs = tuple(GraphRecord(path="decoder.onnx", first_layer=i, end_layer=j) for i, j in ((0, 1), (1, 3)))
-    with pytest.raises(InputError, match="graphs for layers 0-1, 1-3; this version runs one graph that holds all 3"):
+@pytest.mark.parametrize("ranges", [((0, 1), (2, 3)), ((0, 2),), ((0, 2), (1, 3)), ((1, 3),), ((0, 3), (3, 3)), ()])
+def test_graphs_that_are_not_all_layers_in_order_are_refused(make_bundle: Any, ranges: Any) -> None:
+    graphs = tuple(GraphRecord(path="decoder.onnx", first_layer=i, end_layer=j) for i, j in ranges)
+    with pytest.raises(InputError, match="expected ranges that follow each other from 0 to 3"):
         LLM(make_bundle(graphs=graphs))
+
+
+def test_a_bundle_larger_than_memory_runs_from_the_file_and_says_so(
+    make_bundle: Any,
+    config: ModelConfig,
+    weights: Any,
+    table: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    coverage = (CoverageRecord(kind="experts", stored="float32", matrices=1, parameters=1, bytes=3_000_000_000),)
+    monkeypatch.setattr("corral.runtime.onnxruntime_session.usable_memory", lambda: 2_000_000_000)
+    llm = LLM(make_bundle(graph=toy_graph(config, weights), table=table, coverage=coverage), threads=1)
+    assert "has 3.0 GB of weights, and 2.0 GB of memory are free: they stay in the file" in caplog.text
+    ids = np.arange(20)
+    np.testing.assert_allclose(llm.score(ids), toy_logits(config, weights, table[ids]), rtol=2e-4, atol=2e-4)
 
 
 def test_an_unknown_provider_and_impossible_threads_are_refused(toy: Any) -> None:
@@ -184,5 +201,5 @@ def test_a_session_lets_go_of_caches(toy: Any) -> None:
     session = OnnxRuntimeSession(open_bundle(toy), threads=1)
     llm = LLM(toy, session=session)
     llm.generate([[1, 2]], SamplingParams(max_tokens=2, ignore_eos=True))
-    assert session._bound is None
-    assert session._binding is None
+    assert session._graphs[0]._bound is None
+    assert session._graphs[0]._binding is None

@@ -17,7 +17,7 @@ from corral.spec.target import TARGETS
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_toml_round_trip(target: str, group_size: int, tmp_path: Path) -> None:
     for weights in TARGETS[target].weights:
-        recipe = Recipe(target=target, weights=weights, group_size=group_size)
+        recipe = Recipe(target=target, weights=weights, group_size=group_size, requantize=group_size == 64)
         (tmp_path / "recipe.toml").write_text(recipe.to_toml())
         assert read_recipe(tmp_path / "recipe.toml") == recipe
         assert Recipe.from_json(recipe.to_json()) == recipe
@@ -37,6 +37,7 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"group_size": 48}, "group_size is 48, expected one of 32, 64, 128"),
         ({"group_size": "32"}, "group_size is '32', expected a int"),
         ({"group_size": True}, "group_size is True, expected a int"),
+        ({"requantize": 1}, "requantize is 1, expected a bool"),
         ({"weights": 4}, "weights is 4, expected a str"),
         ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
     ],

@@ -16,15 +16,16 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.graphs.lower.onnxruntime.contrib import CONTRIB
 from corral.graphs.model_and_plan import ModelAndPlan
-from corral.spec.weight_plan import Entry
+from corral.spec.weight_plan import Entry, Step
 
 
 def merge_matmul(work: ModelAndPlan) -> bool:
-    """Merge the quantized projections of each module that read the same value."""
-    siblings: dict[tuple[str, ir.Value | None], list[ir.Node]] = {}
+    """Merge the quantized projections of each module that read the same value and are computed alike."""
+    siblings: dict[tuple[str, ir.Value | None, tuple[Step, ...]], list[ir.Node]] = {}
     for node in work.nodes("MatMulNBits", CONTRIB):
-        module = node.metadata_props[SCOPE].rpartition(".")[0]
-        siblings.setdefault((module, node.inputs[0]), []).append(node)
+        module, codes = node.metadata_props[SCOPE].rpartition(".")[0], work.entry_of(node.inputs[1])
+        assert codes is not None
+        siblings.setdefault((module, node.inputs[0], codes.steps), []).append(node)
     groups = [nodes for nodes in siblings.values() if len(nodes) > 1]
     for nodes in groups:
         _merge(work, nodes)

@@ -106,26 +106,28 @@ class _Experts:
 
 def _stored_quantized(work: ModelAndPlan, weight: QuantizedWeight, *, interleave: bool) -> list[ir.Value]:
     experts, inputs, outputs = weight.codes.shape
-    order = (step("interleave_halves"),) if interleave else ()
     codes = dataclasses.replace(
-        weight.codes.with_layout(*order, step("pack_rows", bits=weight.bits)),
+        _by_outputs(weight.codes, interleave),
+        steps=(*weight.codes.steps[:-1], step("pack_rows", bits=weight.bits)),
         dtype="uint8",
         shape=(experts, outputs, inputs * weight.bits // 8),
     )
     scales = dataclasses.replace(
-        weight.scales.with_layout(*order, step("rows", dtype="float32")),
-        shape=(experts, outputs, inputs // weight.group_size),
+        _by_outputs(weight.scales, interleave), shape=(experts, outputs, inputs // weight.group_size)
     )
     return weight.store(work, codes, scales)
 
 
 def _stored_float(work: ModelAndPlan, value: ir.Value, interleave: bool) -> ir.Value:
-    entry: Entry | None = work.entry_of(value)
+    entry = work.entry_of(value)
     if entry is None:
         raise PatternAbsent(f"{value.name} is not a planned weight")
     experts, inputs, outputs = entry.shape
-    order = (step("interleave_halves"),) if interleave else ()
-    stored = dataclasses.replace(
-        entry.with_layout(*order, step("rows", dtype="float32")), shape=(experts, outputs, inputs)
-    )
+    stored = dataclasses.replace(_by_outputs(entry, interleave), shape=(experts, outputs, inputs))
     return work.replace_weight(entry, stored)[0]
+
+
+def _by_outputs(entry: Entry, interleave: bool) -> Entry:
+    """`entry` as float rows, one an output; gate and up rows alternate where they are interleaved."""
+    pieces = tuple(dataclasses.replace(piece, interleave=int(interleave)) for piece in entry.pieces)
+    return entry.with_layout(step("rows", dtype="float32"), pieces=pieces, cut="rows", cut_multiple=1 + interleave)

@@ -1,9 +1,9 @@
 """FP8 in both operands of a matrix product, its gains after it.
 
-    MatMul(x, Mul(DequantizeLinear(codes), gains))
-        -> Mul(MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(codes)), gains)
+    MatMul(x, Mul(Transpose(DequantizeLinear(codes)), gains))
+        -> Mul(MatMul(DequantizeLinear(QuantizeLinear(x)), Transpose(DequantizeLinear(codes))), gains)
 
-TensorRT takes the three nodes around a product as one FP8 kernel. The scale of x is the largest magnitude that
+TensorRT takes the nodes around a product as one FP8 kernel, which reads the codes in either order. The scale of x is the largest magnitude that
 calibration saw, as the format's largest number.
 """
 
@@ -18,7 +18,7 @@ from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.fp8 import LARGEST
+from corral.graphs.quantize.e4m3 import LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,13 +41,13 @@ def lower_fp8_matmul(work: ModelAndPlan) -> bool:
 
 
 def split_gains(work: ModelAndPlan, weight: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """The dequantized codes and the gains of an FP8 weight; None for any other value."""
+    """The dequantized codes [..., inputs, outputs] and the gains of an FP8 weight; None for any other value."""
     multiply = weight.producer() if weight is not None else None
     if multiply is None or multiply.op_type != "Mul":
         return None
     codes, gains = multiply.inputs
     entry = work.entry_of(gains)
-    return (codes, gains) if codes and gains and entry and entry.steps[0].name == "fp8" else None
+    return (codes, gains) if codes and gains and entry and entry.steps[0].name == "e4m3" else None
 
 
 def quantized(build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, name: str) -> ir.Value:

@@ -34,6 +34,7 @@ def numbered(
         for shape in ((7,), (6, 7), (5, 6, 7)):
             numbers = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
             tensors[f"{dtype}.{len(shape)}"] = numbers.to(dtype)
+    tensors["torch.float32.even"] = tensors["torch.float32.3"][:, :, :6].contiguous()
     save_file(tensors, directory / "model.safetensors")
     config = parse_config(tiny_config("scout"))
     store = open_safetensors(directory)
@@ -124,3 +125,22 @@ def test_one_expert_of_a_huge_tensor_costs_one_expert(tmp_path: Path) -> None:
         [sys.executable, "-c", READ_ONE_EXPERT, str(tmp_path)], check=True, capture_output=True, text=True
     )
     assert int(done.stdout) < 64 << 10, f"{int(done.stdout) >> 10} MiB for an expert of 8 MiB"
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), transposed=st.booleans(), run=st.sampled_from([1, 3]))
+def test_halves_alternate_in_runs(
+    numbered: tuple[Checkpoint, dict[str, torch.Tensor]], data: st.DataObject, transposed: bool, run: int
+) -> None:
+    """Rows 0-2 are gate's and 3-5 up's: in runs of one they are read as 0 3 1 4 2 5, in runs of three as they are."""
+    checkpoint, tensors = numbered
+    whole = tensors["torch.float32.3"][2]
+    whole = whole[:, :6].t() if transposed else whole
+    order = [0, 3, 1, 4, 2, 5] if run == 1 else [0, 1, 2, 3, 4, 5]
+    start, stop = in_order(data.draw(st.tuples(st.integers(0, 6), st.integers(0, 6)).map(in_order)))
+    rows = start // (2 * run) * 2 * run, stop // (2 * run) * 2 * run
+    columns = in_order(data.draw(st.tuples(st.integers(0, 6), st.integers(0, 6))))
+    name = "torch.float32.even" if transposed else "torch.float32.3"
+    source = Source(name, rows, columns, index=2, transposed=transposed, interleave=run)
+    expected = whole[order][slice(*rows), slice(*columns)].numpy()
+    np.testing.assert_array_equal(checkpoint.read_piece(source), expected)

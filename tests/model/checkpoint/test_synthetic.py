@@ -105,7 +105,7 @@ def test_it_pickles() -> None:
     ("name", "says"),
     [
         ("synthetic:scouty", "expected one of scout"),
-        ("synthetic:scout?layer=3", "expected synthetic:PRESET"),
+        ("synthetic:scout?layer=3", "expected one of scout"),
         ("synthetic:scout?layers=48-48", "has 48 layers, 0 to 47"),
         ("synthetic:scout?layers=0", "expected a count"),
         ("synthetic:scout?layers=3-2", "FIRST-LAST"),

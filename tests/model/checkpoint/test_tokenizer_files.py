@@ -9,24 +9,24 @@ import pytest
 
 from corral.model.checkpoint import open_checkpoint
 from corral.model.checkpoint.tokenizer_files import (
-    find_tokenizer,
     read_chat_template,
     read_eos_token_ids,
     read_special_tokens,
+    read_tokenizer,
 )
 from corral.spec.errors import InputError
 
 
 def test_a_checkpoint_has_all_of_them(tiny_checkpoint: Callable[[str], Path]) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint("scout"))
-    assert checkpoint.tokenizer_path == (tiny_checkpoint("scout") / "tokenizer.json").resolve()
+    assert checkpoint.tokenizer() == (tiny_checkpoint("scout") / "tokenizer.json").read_bytes()
     assert "header_start" in (checkpoint.chat_template() or "")
     assert checkpoint.special_tokens() == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>"}
     assert checkpoint.eos_token_ids == (257, 258)
 
 
 def test_none_of_them_is_needed(tmp_path: Path) -> None:
-    assert find_tokenizer(tmp_path) is None
+    assert read_tokenizer(tmp_path) is None
     assert read_chat_template(tmp_path) is None
     assert read_special_tokens(tmp_path) == {}
     assert read_eos_token_ids(tmp_path) == ()

@@ -20,6 +20,7 @@ from corral.model.text import Llama4Text
 from corral.runtime import LLM
 from corral.runtime.embedding import EmbeddingTable
 from corral.runtime.kv_cache import KvCache
+from corral.runtime.onnxruntime_graph import OnnxRuntimeGraph
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.runtime.session import CacheView, Step
 from corral.spec.bundle import Bundle, open_bundle
@@ -33,15 +34,24 @@ Checkpoint = Callable[[str], Path]
 TinyBundle = Callable[[str, str, str], Path]
 
 
-class ExactSession(OnnxRuntimeSession):
+class ExactGraph(OnnxRuntimeGraph):
     """ONNX Runtime without its own idea of int8 activations for int4 weights."""
 
-    def _open(self, provider: str, threads: int) -> Any:
+    def _open(self, provider: str, threads: int, mapped: bool) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         return self._ort.InferenceSession(self._where, options, providers=["CPUExecutionProvider"])
+
+
+class ExactSession(OnnxRuntimeSession):
+    """The bundle's graphs, run so."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._graphs = [
+            ExactGraph(bundle, record, provider="cpu", threads=1, mapped=False) for record in bundle.manifest.graphs
+        ]
 
 
 def round_to_nearest(matrix: torch.Tensor) -> torch.Tensor:

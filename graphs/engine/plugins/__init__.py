@@ -1,0 +1,1 @@
+"""Plugins for TensorRT proper: kernels that an engine carries as PTX, without Python. Not executed yet."""

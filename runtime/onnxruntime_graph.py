@@ -1,0 +1,158 @@
+"""One graph of a bundle on ONNX Runtime: past and present caches are one memory, written in place.
+
+Sharing works for both ways a graph writes its cache: TensorScatter skips its copy where input and output are the same
+memory, and GroupQueryAttention expects it. Nothing else in a graph reads `past_*` (spec.graph_io).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from corral.runtime.session import CacheView, Float32, Step
+from corral.spec import graph_io
+from corral.spec.bundle import Bundle
+from corral.spec.errors import CorralError, EnvironmentProblem, InputError
+from corral.spec.manifest import GraphRecord
+
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+
+
+class OnnxRuntimeGraph:
+    """Runs one range of layers. `mapped` leaves the weights in the file as they are: little memory, and slow kernels."""
+
+    def __init__(self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool) -> None:
+        model = bundle.manifest.model
+        self._layers = range(record.first_layer, record.end_layer)
+        self._classes = {model.layers[i].kv_class for i in self._layers}
+        self._first, self._last = record.first_layer == 0, record.end_layer == model.num_layers
+        self._vocab_size = model.vocab_size
+        # ONNX Runtime looks for external data beside the real file, and refuses symbolic links to it.
+        self._where = str(bundle.path(record.path).resolve())
+        self._ort = import_onnxruntime()
+        self._session = self._open(provider, threads, mapped)
+        self._check_names()
+        self._binding: Any = None
+        self._bound: CacheView | None = None
+
+    def run(self, step: Step, hidden_BSH: Float32) -> Float32:
+        """Put `hidden_BSH`, rows of the embedding table or what the stage before gave, through these layers.
+
+        Returns the next stage's [B, S, H], or the last one's logits [B, R, V].
+        """
+        if step.caches is not self._bound:
+            self._bind_caches(step.caches)
+        # OrtValues point at these arrays, so they must live until the run is over.
+        inputs: dict[str, np.ndarray[Any, Any]] = {
+            graph_io.EMBEDDINGS if self._first else graph_io.HIDDEN: hidden_BSH,
+            graph_io.POSITIONS: step.positions_BS,
+            **{graph_io.past_length(kv_class): step.past_length_B[kv_class] for kv_class in self._classes},
+        }
+        output = np.empty(hidden_BSH.shape, np.float32)
+        if self._last:
+            inputs[graph_io.LOGIT_ROWS] = step.logit_rows_BR
+            output = np.empty((*step.logit_rows_BR.shape, self._vocab_size), np.float32)
+        try:
+            for name, array in inputs.items():
+                self._binding.bind_ortvalue_input(name, self._ort_value(array))
+            self._binding.bind_ortvalue_output(self._output_name, self._ort_value(output))
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise self._run_error(error) from None
+        return output
+
+    def release(self) -> None:
+        """Let go of the caches of the last step, so that their memory can be freed."""
+        self._binding = self._bound = None
+
+    @property
+    def _output_name(self) -> str:
+        return graph_io.LOGITS if self._last else graph_io.NEXT_HIDDEN
+
+    def _bind_caches(self, caches: CacheView) -> None:
+        self._binding, self._bound = self._session.io_binding(), caches
+        for layer in self._layers:
+            key, value = self._ort_value(caches.keys[layer]), self._ort_value(caches.values[layer])
+            self._binding.bind_ortvalue_input(graph_io.past_key(layer), key)
+            self._binding.bind_ortvalue_output(graph_io.present_key(layer), key)
+            self._binding.bind_ortvalue_input(graph_io.past_value(layer), value)
+            self._binding.bind_ortvalue_output(graph_io.present_value(layer), value)
+
+    def _ort_value(self, array: np.ndarray[Any, Any]) -> Any:
+        # ONNX Runtime copies what is not contiguous, and then nothing would be written to our memory.
+        assert array.flags.c_contiguous, "an array that is bound must be contiguous"
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def _open(self, provider: str, threads: int, mapped: bool) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        # Otherwise one stage's threads go on spinning while the next one's work.
+        options.add_session_config_entry("session.force_spinning_stop", "0" if self._first and self._last else "1")
+        # Where a graph dequantizes weights itself (`portable`), its products stay in float32: by default ONNX Runtime
+        # would round the activations to int8. Where they are to be rounded, the graph's own operators say so.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False  # which would keep the largest scratch of each stage
+        try:
+            return self._ort.InferenceSession(self._where, options, providers=[PROVIDERS[provider]])
+        except Exception as error:
+            if _out_of_memory(error):
+                raise EnvironmentProblem(f"{self._where} does not fit into memory: {_first_line(error)}") from None
+            raise InputError(
+                f"ONNX Runtime {self._ort.__version__} cannot open {self._where}: {_first_line(error)} "
+                "Compile the checkpoint again with this version of corral."
+            ) from None
+
+    def _check_names(self) -> None:
+        inputs = {graph_io.EMBEDDINGS if self._first else graph_io.HIDDEN, graph_io.POSITIONS}
+        inputs |= {graph_io.LOGIT_ROWS} if self._last else set()
+        inputs |= {graph_io.past_length(kv_class) for kv_class in self._classes}
+        inputs |= {name(i) for i in self._layers for name in (graph_io.past_key, graph_io.past_value)}
+        outputs = {self._output_name}
+        outputs |= {name(i) for i in self._layers for name in (graph_io.present_key, graph_io.present_value)}
+        for kind, expected, found in (
+            ("inputs", inputs, {value.name for value in self._session.get_inputs()}),
+            ("outputs", outputs, {value.name for value in self._session.get_outputs()}),
+        ):
+            if expected != found:
+                raise InputError(
+                    f"{self._where} has other {kind} than its manifest implies: lacks {sorted(expected - found)}, "
+                    f"has also {sorted(found - expected)}. Compile the checkpoint again."
+                )
+
+    def _run_error(self, error: Exception) -> CorralError:
+        if _out_of_memory(error):
+            return EnvironmentProblem(
+                f"out of memory while running {self._where}: {_first_line(error)} "
+                "Use fewer prompts at a time, shorter ones, or a more compressed bundle."
+            )
+        return CorralError(
+            f"ONNX Runtime {self._ort.__version__} failed to run {self._where}: {_first_line(error)} "
+            "Open the bundle with verify=True to see whether it is damaged; if it is not, please report this."
+        )
+
+
+def import_onnxruntime() -> Any:
+    """The module, at its first use. Raises EnvironmentProblem where it is broken."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"onnxruntime is installed but does not import: {error}. "
+            "Reinstall it: `pip install --force-reinstall onnxruntime`."
+        ) from None
+    return onnxruntime
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "bad_alloc" in text or "failed to allocate memory" in text
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if line.endswith((".", "!")) else line + "."
