@@ -69,14 +69,22 @@ def _show(path: str, engine: dict[str, Any]) -> None:
 
 
 def _show_unfused(kernels: list[dict[str, Any]]) -> None:
+    """Every kernel that leaves dequantized weights in memory, equal ones of several layers as one row."""
     from corral.cli.formats import size
+    from corral.cli.tables import Table, print_table
 
-    if kernels:
-        largest = max(sum(tensor["known_bytes"] for tensor in kernel["writes"]) for kernel in kernels)
-        click.echo(
-            f"\n   {len(kernels)} kernels write dequantized weights to memory, up to {size(largest)} for each block of "
-            "rows; products read them back."
-        )
+    if not kernels:
+        return
+    click.echo(
+        "\n   Kernels that write dequantized weights to memory, for products to read them back, in the largest step:\n"
+    )
+    groups = Counter(
+        (_without_layer(kernel["layers"]), sum(t["known_bytes"] for t in writes), sum(t["most_bytes"] for t in writes))
+        for kernel in kernels
+        if (writes := kernel["writes"])
+    )
+    rows = [(str(count), layers, size(block), size(most)) for (layers, block, most), count in groups.items()]
+    print_table(Table(columns=("times>", "ONNX nodes", "a block of rows>", "at most>"), rows=rows))
 
 
 def _without_layer(layers: list[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -91,6 +92,15 @@ def test_fp8_values_are_within_half_a_step(weight: Array) -> None:
     # A mantissa of 3 bits: half a step is 2^-4 of the value, and for subnormals half of 2^-9.
     bound = np.maximum(np.abs(weight) * 2.0**-4, scales * 2.0**-10) * (1 + 1e-5)
     assert (np.abs(codes * scales - weight) <= bound).all()
+
+
+@given(hnp.arrays(np.float32, (3, 16), elements=st.floats(-(2.0**10), 2.0**10, width=32)))
+def test_fp8_codes_are_torchs_rounding_and_survive_another(weight: Array) -> None:
+    stored = e4m3(weight)
+    want = (torch.tensor(weight) / torch.tensor(stored["scales"])).clamp(-448, 448).to(torch.float8_e4m3fn)
+    np.testing.assert_array_equal(stored["codes"].view(np.uint8), want.view(torch.uint8).numpy())
+    again = e4m3(stored["codes"].astype(np.float32) * stored["scales"])
+    np.testing.assert_array_equal(again["codes"].view(np.uint8) & 0x7F, stored["codes"].view(np.uint8) & 0x7F)
 
 
 def test_fp8_by_hand() -> None:

@@ -3,8 +3,8 @@
     MatMul(x, Mul(Transpose(DequantizeLinear(codes)), gains))
         -> Mul(MatMul(DequantizeLinear(QuantizeLinear(x)), Transpose(DequantizeLinear(codes))), gains)
 
-TensorRT takes the nodes around a product as one FP8 kernel, which reads the codes in either order. The scale of x is the largest magnitude that
-calibration saw, as the format's largest number.
+TensorRT takes the nodes around a product as one FP8 kernel, which reads the codes as they lie, [outputs, inputs]. The
+scale of x is the largest magnitude that calibration saw, as the format's largest number.
 """
 
 from __future__ import annotations
@@ -28,29 +28,46 @@ def lower_fp8_matmul(work: ModelAndPlan) -> bool:
     """Rewrite every product with an FP8 matrix outside the experts."""
     changed = False
     for node in work.nodes("MatMul"):
-        split = split_gains(work, node.inputs[1])
-        if split is None:
+        weight = fp8_weight(work, node.inputs[1])
+        if weight is None:
             continue
         build = tape.Tape()
-        codes, gains = split
-        x = quantized(build, work, node.inputs[0], node.metadata_props.get(SCOPE, ""))
-        y = build.op("Mul", [build.op("MatMul", [x, codes]), gains])
+        y = fp8_product(build, work, node.inputs[0], weight, name=node.metadata_props.get(SCOPE, ""))
         work.replace_node(node, build.nodes, [y])
         changed = True
     return changed
 
 
-def split_gains(work: ModelAndPlan, weight: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """The dequantized codes [..., inputs, outputs] and the gains of an FP8 weight; None for any other value."""
+def fp8_weight(work: ModelAndPlan, weight: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """The dequantized codes [..., outputs, inputs] and the gains [..., 1, outputs] of an FP8 weight, None of any other."""
     multiply = weight.producer() if weight is not None else None
     if multiply is None or multiply.op_type != "Mul":
         return None
-    codes, gains = multiply.inputs
+    transposed, gains = multiply.inputs
     entry = work.entry_of(gains)
-    return (codes, gains) if codes and gains and entry and entry.steps[0].name == "e4m3" else None
+    if transposed is None or gains is None or entry is None or entry.steps[0].name != "e4m3":
+        return None
+    transpose = transposed.producer()
+    assert transpose is not None and transpose.inputs[0] is not None
+    return transpose.inputs[0], gains
 
 
-def quantized(build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, name: str) -> ir.Value:
+def fp8_product(
+    build: tape.Tape,
+    work: ModelAndPlan,
+    x: ir.Value | None,
+    weight: tuple[ir.Value, ir.Value],
+    *,
+    name: str,
+    axes: Sequence[int] = (1, 0),
+) -> ir.Value:
+    """x [..., K] times codes [..., N, K], whose transposition is `axes`, times gains; `name` is x's in the calibration."""
+    codes, gains = weight
+    product = build.op("MatMul", [_rounded(build, work, x, name), build.op("Transpose", [codes], {"perm": axes})])
+    return build.op("Mul", [product, gains])
+
+
+def _rounded(build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, name: str) -> ir.Value:
     """x rounded to FP8 by the range that calibration saw at `name`."""
     if name not in work.activation_ranges:
         raise PatternAbsent(f"calibration saw no input of {name}")

@@ -23,7 +23,7 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
-from corral.graphs.lower.tensorrt.fp8 import quantized, split_gains
+from corral.graphs.lower.tensorrt.fp8 import fp8_product, fp8_weight
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.calibrate import ACTIVATED, INPUT
 
@@ -120,12 +120,11 @@ class _Blocks:
 
     def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value, name: str) -> ir.Value:
         """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]; `name` is x's in the calibration."""
-        fp8 = split_gains(self.work, weight)
+        fp8 = fp8_weight(self.work, weight)
         if fp8 is None:
             return self.op("MatMul", [x, self.op("Gather", [weight, expert_NB], {"axis": 0})])
         codes, gains = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in fp8)
-        x = quantized(self.build, self.work, x, name)
-        return self.op("Mul", [self.op("MatMul", [x, codes]), gains])
+        return fp8_product(self.build, self.work, x, (codes, gains), name=name, axes=(0, 2, 1))
 
     def repeated(self, x_TH: ir.Value) -> ir.Value:
         """Each token once per visit: [T, H] -> [V, H]."""
