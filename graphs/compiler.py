@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from corral.exporter.export import export
@@ -49,11 +50,21 @@ def compile(
     return build_engines(out, progress=progress) if engine and recipe.capabilities else bundle
 
 
-def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
-    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read (for FP8: run on a text)."""
+def lower(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    ranges: Mapping[str, float] | None = None,
+    progress: Progress = silent,
+) -> ModelAndPlan:
+    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read.
+
+    For FP8 the model also reads a text, unless its `ranges` are known (`largest_inputs`).
+    """
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
-    work = ModelAndPlan(model, plan, checkpoint.config, recipe, activation_ranges(checkpoint, recipe))
+    ranges = activation_ranges(checkpoint, recipe) if ranges is None else ranges
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe, ranges)
     for phase in phases(recipe.target):
         run_phase(phase, work)
     return work

@@ -5,12 +5,12 @@ The reference model runs in float32, whole, so this is for models that fit into 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.errors import EnvironmentProblem, InputError
+from corral.spec.estimate import calibration_bytes
 from corral.spec.machine import usable_memory
 from corral.spec.quant_scheme import scheme_named
 from corral.spec.recipe import Recipe
@@ -39,10 +39,10 @@ def largest_inputs(checkpoint: Checkpoint, text: str) -> dict[str, float]:
     from corral.model.checkpoint.reference import load_reference
     from corral.model.text import Experts
 
-    needed = 4 * sum(math.prod(info.shape) for info in map(checkpoint.info, checkpoint.names))
+    needed = calibration_bytes(checkpoint.config, "fp8")
     if needed > usable_memory():
         raise EnvironmentProblem(
-            f"calibrating {checkpoint.directory} runs the whole model in float32, which takes {needed / 1e9:.0f} GB of "
+            f"calibrating {checkpoint.directory} runs the whole model in float32, which takes {needed / 1e9:.1f} GB of "
             "memory, more than is free. Use --weights int4, which needs no calibration, or a larger machine."
         )
     ids = torch.tensor([_token_ids(checkpoint, text)])

@@ -23,6 +23,8 @@ from corral.graphs.quantize.e4m3 import LARGEST
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+SMALLEST = 1e-3  # a range: so that its scale is a normal number of float16
+
 
 def lower_fp8_matmul(work: ModelAndPlan) -> bool:
     """Rewrite every product with an FP8 matrix outside the experts."""
@@ -69,9 +71,11 @@ def fp8_product(
 
 def _rounded(build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, name: str) -> ir.Value:
     """x rounded to FP8 by the range that calibration saw at `name`."""
-    if name not in work.activation_ranges:
-        raise PatternAbsent(f"calibration saw no input of {name}")
-    scale = np.float16(max(work.activation_ranges[name], 1e-3) / LARGEST)
+    try:
+        largest = work.activation_ranges[name]
+    except KeyError:
+        raise PatternAbsent(f"calibration saw no input of {name}") from None
+    scale = np.float16(max(largest, SMALLEST) / LARGEST)
     value = work.constant(ir.tensor(np.array(scale, np.float32), name=f"{name}.range"))
     zero = work.constant(ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), name="fp8_zero"))
     operands: Sequence[ir.Value | None] = [x, value, zero]

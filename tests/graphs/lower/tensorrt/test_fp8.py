@@ -229,7 +229,9 @@ def test_every_matrix_has_a_range_and_experts_have_two(tiny_checkpoint: Checkpoi
 def test_a_range_is_the_largest_magnitude_that_the_text_shows(tiny_checkpoint: Checkpoint) -> None:
     checkpoint, text = open_checkpoint(tiny_checkpoint("maverick")), "def merge(left, right):"
     model, seen = load_reference(checkpoint), dict[str, Tensor]()
-    attention, experts = model.layers[2].self_attn.o_proj, model.layers[1].feed_forward.experts
+    attention, experts = (
+        model.get_submodule(name) for name in ("layers.2.self_attn.o_proj", "layers.1.feed_forward.experts")
+    )
     attention.register_forward_pre_hook(lambda _, inputs: seen.update(attention=inputs[0]))
     experts.register_forward_pre_hook(lambda _, inputs: seen.update(input=inputs[0], logits=inputs[1]))
     ids = Tokenizer.from_file(str(tiny_checkpoint("maverick") / "tokenizer.json")).encode(text).ids
