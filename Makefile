@@ -30,14 +30,16 @@ format: $(VENV)/installed-dev ## Rewrite the code in the house format
 	$(VENV)/bin/ruff format
 
 clean: ## Remove .venv and every cache
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis corral.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis corral.egg-info kernels/*corral_cpu_ops.*
 
-# A stamp is younger than the files that say what to install; a failed or interrupted installation leaves none.
-$(VENV)/installed-compile: pyproject.toml constraints.txt
+# A stamp is younger than the files that say what to install; a failed or interrupted installation leaves none. The CPU
+# kernels are built at installation.
+INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
+$(VENV)/installed-compile: $(INSTALLED_FROM)
 	$(call install,[compile],torch$(comma) onnx$(comma) onnxruntime)
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt
+$(VENV)/installed-dev: $(INSTALLED_FROM)
 	$(call install,[compile$(comma)dev],torch$(comma) onnx$(comma) onnxruntime$(comma) test tools)
 	@touch $@ $(VENV)/installed-compile
 

@@ -27,6 +27,8 @@ def command(as_json: bool) -> None:
         print_json({**_facts(machine), "targets": compile_targets(machine), "problems": advice})
     else:
         _show(machine)
+        if machine.kernels_problem:
+            click.echo(f"\n   {machine.kernels_problem}")
         if not machine.can_compile and not advice:
             click.echo('\n   To compile here, too: `pip install "corral[compile]"`.')
     if advice:
@@ -67,7 +69,8 @@ def _show(machine: Machine) -> None:
     lines = {
         "python": f"{machine.python} on {machine.system}",
         "cpu": f"{machine.cpu}, {machine.cores} usable core{'s' if machine.cores > 1 else ''}",
-        "features": features or "none that corral's kernels look for",
+        "features": features or "none that CPU kernels look for",
+        "kernels": f"corral's own, for {machine.kernels}" if machine.kernels else "ONNX Runtime's only",
         "memory": f"{size(free)} free of {size(total)}" if total and free else "unknown",
         "disk": f"{size(machine.disk_free_bytes)} free here",
     }

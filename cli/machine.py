@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from corral.kernels import find_library
 from corral.runtime.requirements import ALTERNATIVES, release
+from corral.spec.errors import EnvironmentProblem
 from corral.spec.machine import usable_cores
 from corral.spec.target import TARGETS, Target
 
@@ -55,6 +57,8 @@ class Machine:
     disk_free_bytes: int
     packages: tuple[Package, ...]
     conflicts: tuple[tuple[str, ...], ...]  # distributions that overwrite each other
+    kernels: str | None = None  # the instruction set that corral's own CPU kernels use; None where they do not load
+    kernels_problem: str | None = None  # why not, and the remedy
 
     def has(self, needed_by: str) -> bool:
         """Whether all packages that `needed_by` ("corral", "compile") asks for are there and new enough."""
@@ -83,6 +87,7 @@ def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
     limit = _read(root / "sys/fs/cgroup/memory.max").strip()
     limits = [int(limit)] if limit.isdigit() else []
     found = set(flags[1].split()) if flags else set()
+    kernels, kernels_problem = _kernels()
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -94,6 +99,8 @@ def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
         disk_free_bytes=shutil.disk_usage(here).free,
         packages=_packages(),
         conflicts=_conflicts({name for name in _installed() if name}),
+        kernels=kernels,
+        kernels_problem=kernels_problem,
     )
 
 
@@ -138,6 +145,13 @@ def _packages() -> tuple[Package, ...]:
                 )
             )
     return tuple(packages)
+
+
+def _kernels() -> tuple[str | None, str | None]:
+    try:
+        return find_library().instruction_set, None
+    except EnvironmentProblem as problem:
+        return None, str(problem)
 
 
 def _version(name: str) -> str | None:

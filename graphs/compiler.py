@@ -65,6 +65,6 @@ def lower(
     model, plan = export(checkpoint)
     ranges = activation_ranges(checkpoint, recipe) if ranges is None else ranges
     work = ModelAndPlan(model, plan, checkpoint.config, recipe, ranges)
-    for phase in phases(recipe.target):
+    for phase in phases(recipe.lowering):
         run_phase(phase, work)
     return work

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from corral.graphs.lower.corral_cpu.experts import lower_int4_experts
+from corral.graphs.lower.corral_cpu.feed_forward import fuse_int4_feed_forward
+from corral.graphs.lower.corral_cpu.matmul import lower_int4_matmul
 from corral.graphs.lower.onnxruntime.attention import lower_attention
 from corral.graphs.lower.onnxruntime.matmul import lower_matmul
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_matmul
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Phase:
-    """Passes that belong together; a pass of phase "lower" is run for its target only."""
+    """Passes that belong together; a pass of phase "lower" is run for its lowering only."""
 
     name: str
     passes: tuple[Pass, ...]
@@ -54,14 +57,26 @@ LOWER: dict[str, Phase] = {
         "lower", (clean_up, name_nodes)
     ),  # the fallback bodies and DequantizeLinear are standard ONNX already
     "cpu": Phase("lower", (lower_attention, lower_moe, lower_matmul, merge_matmul, clean_up, name_nodes)),
+    "cpu-corral": Phase(
+        "lower",
+        (
+            lower_attention,
+            lower_int4_experts,
+            lower_int4_matmul,
+            fuse_int4_feed_forward,
+            merge_matmul,
+            clean_up,
+            name_nodes,
+        ),
+    ),
     "tensorrt-rtx": TENSORRT,
     "tensorrt": TENSORRT,
 }
 
 
-def phases(target: str) -> tuple[Phase, ...]:
-    """All phases for a target, in order."""
-    return (SIMPLIFY, QUANTIZE, LOWER[target])
+def phases(lowering: str) -> tuple[Phase, ...]:
+    """All phases for a recipe's `lowering`, in order."""
+    return (SIMPLIFY, QUANTIZE, LOWER[lowering])
 
 
 def run_phase(phase: Phase, work: ModelAndPlan) -> bool:

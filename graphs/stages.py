@@ -66,7 +66,7 @@ def lower_stage(
     check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "quantized", recipe, progress)
     work.activation_ranges = activation_ranges(source, work.recipe)
-    run_phase(LOWER[recipe.target], work)
+    run_phase(LOWER[recipe.lowering], work)
     return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 
 

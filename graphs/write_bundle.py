@@ -87,7 +87,7 @@ def write_bundle(
             stage="lowered" if stage == "ready" and target_named(work.recipe.target).engine else stage,
             model=dataclasses.replace(work.config, eos_token_ids=checkpoint.eos_token_ids),
             recipe=work.recipe,
-            requires=dict(target_named(work.recipe.target).requires),
+            requires=work.recipe.requires,
             source=_provenance(checkpoint, stage),
             graphs=tuple(
                 GraphRecord(path=graph.path, first_layer=graph.layers[0], end_layer=graph.layers[1]) for graph in graphs

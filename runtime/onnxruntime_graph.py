@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from corral.kernels import find_library
 from corral.runtime.session import CacheView, Float32, Step
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle
+from corral.spec.cpu_ops import LIBRARY
 from corral.spec.errors import CorralError, EnvironmentProblem, InputError
 from corral.spec.manifest import GraphRecord
 
@@ -31,7 +33,7 @@ class OnnxRuntimeGraph:
         # ONNX Runtime looks for external data beside the real file, and refuses symbolic links to it.
         self._where = str(bundle.path(record.path).resolve())
         self._ort = import_onnxruntime()
-        self._session = self._open(provider, threads, mapped)
+        self._session = self._open(provider, threads, mapped, kernels=LIBRARY in bundle.manifest.requires)
         self._check_names()
         self._binding: Any = None
         self._bound: CacheView | None = None
@@ -84,13 +86,15 @@ class OnnxRuntimeGraph:
         assert array.flags.c_contiguous, "an array that is bound must be contiguous"
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
-    def _open(self, provider: str, threads: int, mapped: bool) -> Any:
+    def _open(self, provider: str, threads: int, mapped: bool, *, kernels: bool) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         # Otherwise one stage's threads go on spinning while the next one's work.
         options.add_session_config_entry("session.force_spinning_stop", "0" if self._first and self._last else "1")
+        if kernels:
+            self._register(options)
         # Where a graph dequantizes weights itself (`portable`), its products stay in float32: by default ONNX Runtime
         # would round the activations to int8. Where they are to be rounded, the graph's own operators say so.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
@@ -105,6 +109,17 @@ class OnnxRuntimeGraph:
             raise InputError(
                 f"ONNX Runtime {self._ort.__version__} cannot open {self._where}: {_first_line(error)} "
                 "Compile the checkpoint again with this version of corral."
+            ) from None
+
+    def _register(self, options: Any) -> None:
+        """Let graphs use corral's own operators."""
+        library = find_library()
+        try:
+            options.register_custom_ops_library(str(library.path))
+        except Exception as error:
+            raise EnvironmentProblem(
+                f"ONNX Runtime {self._ort.__version__} cannot use corral's CPU kernels ({library.path}): "
+                f"{_first_line(error)} Compile the checkpoint with `--kernels stock`."
             ) from None
 
     def _check_names(self) -> None:

@@ -2,7 +2,8 @@
 
 ONNX Runtime copies weights into its kernels' own layout when it opens a graph: as much memory again, and not the file's.
 A bundle larger than memory is therefore opened *mapped*, without that layout: pages come from the file as they are
-touched (of the experts only the chosen ones'), and each step takes many times longer.
+touched (of the experts only the chosen ones'), and each step takes many times longer. Bundles for corral's own kernels
+are always mapped, at no cost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph
 from corral.runtime.requirements import check_requirements
 from corral.runtime.session import Float32, Step
 from corral.spec.bundle import Bundle
+from corral.spec.cpu_ops import LIBRARY
 from corral.spec.errors import InputError
 from corral.spec.machine import usable_cores, usable_memory
 
@@ -32,7 +34,8 @@ class OnnxRuntimeSession:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}, expected a whole number of at least 1.")
         _check_stages(bundle)
-        mapped = not _fits(bundle)
+        # corral's own kernels copy no weights: they read them where the file is mapped.
+        mapped = LIBRARY not in bundle.manifest.requires and not _fits(bundle)
         self._graphs = [
             OnnxRuntimeGraph(bundle, record, provider=provider, threads=threads or usable_cores(), mapped=mapped)
             for record in bundle.manifest.graphs

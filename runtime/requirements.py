@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 
+from corral.kernels import find_library
+from corral.spec.cpu_ops import LIBRARY
 from corral.spec.errors import EnvironmentProblem
 
 # Distributions that provide the same module; two of them in one environment overwrite each other's files.
@@ -15,8 +17,14 @@ ALTERNATIVES = {
 
 
 def check_requirements(requires: Mapping[str, str]) -> None:
-    """Raise EnvironmentProblem where a package is missing, older than `requires` says, or installed twice."""
+    """Raise EnvironmentProblem where a package is missing, older than `requires` says, or installed twice.
+
+    The same for corral's library of custom operators, which is no package.
+    """
     for package, minimum in requires.items():
+        if package == LIBRARY:
+            _check_library(minimum)
+            continue
         names = ALTERNATIVES.get(package, (package,))
         found = {name: version for name in names if (version := _version(name))}
         if not found:
@@ -34,6 +42,15 @@ def check_requirements(requires: Mapping[str, str]) -> None:
             raise EnvironmentProblem(
                 f"{name} is {version}; this bundle needs {minimum} or newer. Run `pip install -U '{name}>={minimum}'`."
             )
+
+
+def _check_library(minimum: str) -> None:
+    library = find_library()
+    if not minimum.isdigit() or library.version < int(minimum):
+        raise EnvironmentProblem(
+            f"corral's CPU kernels ({library.path}) have version {library.version}; this bundle needs {minimum[:20]}. "
+            "Install a newer corral."
+        )
 
 
 def release(version: str) -> tuple[int, ...]:

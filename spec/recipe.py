@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corral.spec import cpu_ops
 from corral.spec.errors import InputError
 from corral.spec.gpus import capability_of
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
@@ -27,6 +28,7 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
     requantize: bool = False  # weights that the checkpoint stores quantized in another way may be quantized again
@@ -44,7 +46,13 @@ class Recipe:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
-
+        if self.kernels not in target.kernels:
+            raise InputError(
+                f'kernels "{self.kernels}" are not known for target {target.name}; expected one of '
+                f"{', '.join(target.kernels)}."
+            )
+        if self.kernels == "corral" and scheme.name != "int4":
+            raise InputError(f'kernels "corral" compute int4 weights, not {scheme.name}. Use --kernels stock.')
         if self.stages < 1 or self.stage_gb < 0:
             raise InputError(
                 f"stages is {self.stages} and stage_gb {self.stage_gb}; expected at least 1 stage, and a limit in GB "
@@ -61,6 +69,17 @@ class Recipe:
         """The compute capabilities that `gpu` names, each once, lowest first."""
         named = {capability_of(gpu.strip()) for gpu in self.gpu.split(",") if gpu.strip()}
         return tuple(sorted(named, key=float))
+
+    @property
+    def lowering(self) -> str:
+        """Which row of `graphs/pipeline.py` brings a graph to the target."""
+        return self.target if self.kernels == "stock" else f"{self.target}-{self.kernels}"
+
+    @property
+    def requires(self) -> dict[str, str]:
+        """What a bundle of this recipe needs to run: package (or library of custom operators) -> lowest version."""
+        library = {cpu_ops.LIBRARY: str(cpu_ops.VERSION)} if self.kernels == "corral" else {}
+        return dict(target_named(self.target).requires) | library
 
     def to_json(self) -> dict[str, Any]:
         """The keys that the target knows: those of engines only where it has any."""
@@ -92,6 +111,5 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
 
 
 def _toml(value: str | int | bool) -> str:
-    return json.dumps(
-        value
-    )  # of strings without control characters, whole numbers and booleans TOML has JSON's spelling
+    """Of strings without control characters, whole numbers and booleans TOML has JSON's spelling."""
+    return json.dumps(value)

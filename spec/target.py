@@ -21,6 +21,7 @@ class Target:
     weights: tuple[str, ...]
     requires: tuple[tuple[str, str], ...]  # (distribution, minimum version)
     opset: int  # of the default ONNX domain
+    kernels: tuple[str, ...] = ("stock",)  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4
     kv_dtype: str = "float32"  # of the caches
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -53,6 +54,7 @@ TARGETS = {
             weights=("fp32", "int8", "int4"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
+            kernels=("stock", "corral"),
         ),
         Target(
             name="tensorrt-rtx",

@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test talks to a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TinyCheckpoint = Callable[[str], Path]
-TinyBundle = Callable[[str, str, str], Path]
+TinyBundle = Callable[..., Path]
 PublishedCheckpoint = Callable[..., tuple[Path, Path]]
 MetaCheckpoint = Callable[[str, int], tuple[Path, Path]]
 
@@ -92,6 +92,15 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
+def cpu_kernels() -> None:
+    """Skips where corral's CPU kernels are not built for want of a C++ compiler, and only there."""
+    from corral.kernels.library import PATH
+
+    if not PATH.is_file() and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler, so corral's CPU kernels are not built")
+
+
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[[str], dict[str, Any]]:
     """`tiny_config("scout")` -> a fresh `llama4_text` config.json of that form, to change at will."""
     return lambda form: deepcopy({"model_type": "llama4_text", **FORMS[form]})
@@ -124,17 +133,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
-    """`tiny_bundle("scout", "cpu", "int4")` -> a bundle compiled of that tiny checkpoint, made once. Do not write into it."""
-    made: dict[tuple[str, str, str], Path] = {}
+    """`tiny_bundle("scout", "cpu", "int4")` -> a bundle compiled of that tiny checkpoint, made once. Do not write into it.
 
-    def make(form: str, target: str, weights: str) -> Path:
+    A fourth argument names the kernels.
+    """
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(form: str, target: str, weights: str, kernels: str = "stock") -> Path:
         from corral.graphs import compile
         from corral.spec.recipe import Recipe
 
-        key = (form, target, weights)
+        key = (form, target, weights, kernels)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("-".join(key))
-            compile(tiny_checkpoint(form), made[key], Recipe(target=target, weights=weights, group_size=32))
+            recipe = Recipe(target=target, weights=weights, group_size=32, kernels=kernels)
+            compile(tiny_checkpoint(form), made[key], recipe)
         return made[key]
 
     return make

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from corral.kernels.library import PATH
+
+LIBRARY = PATH.name
 ROOT = Path(__file__).parents[1]
 FOLDERS: tuple[str, ...] = tuple(
     tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"].values()
@@ -41,8 +44,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Built from a copy: a build leaves folders in its source tree.
     source = tmp_path_factory.mktemp("source")
     for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", LIBRARY))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", "dist", "."], source)
     [built] = (source / "dist").glob("corral-*.whl")
@@ -63,7 +66,7 @@ def base_bin(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "scout-int4"
     command = ["compile", str(tiny_checkpoint("scout")), "-o", str(out), "--target", "cpu"]
-    command += ["--weights", "int4", "--group-size", "32"]
+    command += ["--weights", "int4", "--group-size", "32", "--kernels", "corral" if PATH.is_file() else "stock"]
     run([Path(sys.executable).with_name("corral"), *command], out.parent)
     return out
 
@@ -73,7 +76,7 @@ def test_wheel_holds_every_file_of_the_layers(wheel: Path) -> None:
         f"corral/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.parent != ROOT / "kernels/src"
     }
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("corral-")}
     assert packed == expected

@@ -13,6 +13,7 @@ from corral.graphs.quantize.e4m3 import e4m3, gains
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.pack import pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
+from corral.graphs.quantize.tiles import tile_codes, tile_scales
 from corral.spec.errors import InputError
 
 NUMPY_TYPE: dict[str, Any] = {
@@ -62,6 +63,8 @@ STEPS: dict[str, Callable[..., Any]] = {
     "as_published": as_published,
     "pack_rows": pack_rows,
     "pack_columns": pack_columns,
+    "tile_codes": tile_codes,
+    "tile_scales": tile_scales,
     "pack_fragments": pack_fragments,
     "fragment_scales": fragment_scales,
 }

@@ -36,6 +36,19 @@ def codes_and_scales(layout: str) -> list[Entry]:
     ]
 
 
+def tiles() -> list[Entry]:
+    """Codes and scales of two experts for corral's CPU kernels."""
+    args: dict[str, Any] = {"bits": 4, "group_size": 32}
+    experts = tuple(Source("w", rows=rows, columns=(0, 128)) for rows in ((0, 48), (48, 96)))
+    cut: dict[str, Any] = {"cut": "rows", "cut_multiple": 16, "pieces": experts}
+    codes = step("rtn", "codes", **args), step("tile_codes")
+    scales = step("rtn", "scales", **args), step("tile_scales")
+    return [
+        Entry("codes", "uint8", (2, 3, 8 * 128), steps=codes, **cut),
+        Entry("scales", "float16", (2, 3, 4, 16), steps=scales, **cut),
+    ]
+
+
 def run(plan: WeightPlan, limit: int, order: list[int] | None = None) -> bytes:
     placements = plan.placements()
     shard = bytearray(shard_sizes(placements)[0])
@@ -46,10 +59,10 @@ def run(plan: WeightPlan, limit: int, order: list[int] | None = None) -> bytes:
     return bytes(shard)
 
 
-@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "tiles"])
 @given(limit=st.integers(1, 96 * 128), seed=st.integers(0, 99))
 def test_the_bytes_do_not_depend_on_how_the_plan_is_cut_or_ordered(layout: str, limit: int, seed: int) -> None:
-    plan = WeightPlan({entry.name: entry for entry in codes_and_scales(layout)})
+    plan = WeightPlan({entry.name: entry for entry in (tiles() if layout == "tiles" else codes_and_scales(layout))})
     jobs = plan_jobs(plan, plan.placements(), limit)
     order = np.random.default_rng(seed).permutation(len(jobs)).tolist()
     assert run(plan, limit, order) == run(plan, limit=1 << 30)

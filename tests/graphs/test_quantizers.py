@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from corral.graphs.quantize.pack import pack_columns, pack_nibbles, pack_rows, unpack_nibbles
 from corral.graphs.quantize.rtn import rtn
+from corral.graphs.quantize.tiles import tile_codes, tile_scales
+from corral.spec.errors import InputError
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
 
@@ -78,3 +80,25 @@ def test_columns_are_what_onnx_reads_back(bits: int, stored_type: type, data: st
     tensor = onnx.helper.make_tensor("w", kind, (6, 32), raw, raw=True)
     got = onnx.numpy_helper.to_array(tensor).astype(np.int64)
     np.testing.assert_array_equal(got, codes.T.astype(np.int64) - 2 ** (bits - 1))
+
+
+def test_tiles_hold_sixteen_outputs_eight_inputs_at_a_time() -> None:
+    codes = np.random.default_rng(0).integers(0, 16, (32, 24), dtype=np.uint8)
+    tiles = tile_codes(codes)
+    assert tiles.shape == (2, 8 * 24)
+    for output, k in [(0, 0), (15, 23), (16, 0), (31, 12), (7, 9)]:
+        byte = tiles[output // 16, k // 8 * 64 + output % 16 * 4 + k % 4]
+        assert (byte >> 4 if k % 8 >= 4 else byte & 15) == codes[output, k]
+
+
+def test_scales_of_a_tile_lie_group_by_group() -> None:
+    scales = np.arange(32 * 3, dtype=np.float32).reshape(32, 3)
+    tiles = tile_scales(scales)
+    assert tiles.dtype == np.float16
+    assert tiles.shape == (2, 3, 16)
+    assert tiles[1, 2, 5] == scales[16 + 5, 2]
+
+
+def test_a_scale_beyond_fp16_is_refused() -> None:
+    with pytest.raises(InputError, match=r"scale 1e\+05; .* at most 65504. Compile with --kernels stock"):
+        tile_scales(np.full((16, 1), 1e5, np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -57,11 +58,12 @@ class Node:
     """A node's processes, which are one process group."""
 
     process: subprocess.Popen[bytes]
+    name: str
 
     def kill(self) -> None:
-        if self.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # `ray start` may have ended before those it started
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        self.process.wait()
 
 
 @dataclass
@@ -76,26 +78,42 @@ class Cluster:
 
     def start(self, *options: str) -> Node:
         command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        name = secrets.token_hex(4)
         # Nodes that start at the same time in the same directory fall over each other's sockets.
         own = tempfile.mkdtemp(prefix="", dir=self.directory)
         process = subprocess.Popen(
-            [*command, "--object-store-memory=80000000", f"--temp-dir={own}", *options],
+            [*command, f"--node-name={name}", "--object-store-memory=80000000", f"--temp-dir={own}", *options],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        return Node(process)
+        return Node(process, name)
 
     def with_two_workers(self) -> Cluster:
-        """Start what is missing, and wait until the head knows it."""
+        """Start what is missing, and wait until the head knows these nodes and no others."""
+        for node in self.workers:
+            if node.process.poll() is not None:
+                node.kill()
         self.workers = [node for node in self.workers if node.process.poll() is None]
         while len(self.workers) < 2:
-            options = (f"--address={self.address}", "--num-cpus=1", "--memory=4000000000")
+            # Another address than the head's: Ray would connect this process to any node that has its own, and end it
+            # when that node is killed.
+            options = (
+                f"--address={self.address}",
+                "--node-ip-address=127.0.0.2",
+                "--num-cpus=1",
+                "--memory=4000000000",
+            )
             self.workers.append(self.start(*options))
+        names = {node.name for node in self.workers}
         with connected(self.address) as ray:
-            until(lambda: sum(node["Alive"] and node["Resources"].get("CPU", 0) for node in ray.nodes()) == 2)
+            until(
+                lambda: (
+                    {node["NodeName"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"]} == names
+                )
+            )
         return self
 
     def kill(self) -> None:

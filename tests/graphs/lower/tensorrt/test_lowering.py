@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +19,6 @@ from corral.model.text import Llama4Text
 from corral.runtime import LLM
 from corral.runtime.embedding import EmbeddingTable
 from corral.runtime.kv_cache import KvCache
-from corral.runtime.onnxruntime_graph import OnnxRuntimeGraph
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.runtime.session import CacheView, Step
 from corral.spec.bundle import Bundle, open_bundle
@@ -32,26 +30,6 @@ WEIGHTS = ("fp16", "int4")
 TOLERANCE = 4e-3  # of the logits' scale: float16 has 11 bits; 0.9e-3 to 1.5e-3 is seen
 Checkpoint = Callable[[str], Path]
 TinyBundle = Callable[[str, str, str], Path]
-
-
-class ExactGraph(OnnxRuntimeGraph):
-    """ONNX Runtime without its own idea of int8 activations for int4 weights."""
-
-    def _open(self, provider: str, threads: int, mapped: bool) -> Any:
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        return self._ort.InferenceSession(self._where, options, providers=["CPUExecutionProvider"])
-
-
-class ExactSession(OnnxRuntimeSession):
-    """The bundle's graphs, run so."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._graphs = [
-            ExactGraph(bundle, record, provider="cpu", threads=1, mapped=False) for record in bundle.manifest.graphs
-        ]
 
 
 def round_to_nearest(matrix: torch.Tensor) -> torch.Tensor:
@@ -100,7 +78,7 @@ def test_prefill_equals_the_reference_around_chunk_boundaries(
     tiny_checkpoint: Checkpoint, tiny_bundle: TinyBundle, form: str, weights: str
 ) -> None:
     bundle = opened(tiny_bundle(form, "tensorrt-rtx", weights))
-    llm = LLM(bundle, session=ExactSession(bundle), max_context=128)
+    llm = LLM(bundle, session=OnnxRuntimeSession(bundle, threads=1), max_context=128)
     for count in (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5):
         ids = random_ids(count, seed=count)
         assert_close(llm.score(ids), reference_logits(tiny_checkpoint(form), weights, ids))
@@ -132,7 +110,7 @@ def test_decode_of_rows_at_different_positions_equals_the_reference(
 ) -> None:
     """Each row is decoded alone up to its own position, then all together across a chunk boundary for some of them."""
     bundle = opened(tiny_bundle(form, "tensorrt-rtx", weights))
-    session, embed = ExactSession(bundle), EmbeddingTable(bundle)
+    session, embed = OnnxRuntimeSession(bundle, threads=1), EmbeddingTable(bundle)
     lengths, together = [1, CHUNK - 2, CHUNK - 1, CHUNK, 2 * CHUNK + 3], 4
     ids = [random_ids(length + together, seed=length) for length in lengths]
     cache = KvCache(bundle.manifest.kv, 128)

@@ -1,0 +1,1 @@
+"""corral's own CPU kernels (kernels/); one operator a file."""

@@ -1,0 +1,55 @@
+"""The SwiGLU feed-forward of dense layers and shared experts, fused: its inner values never leave the kernel.
+
+gate = Int4MatMul(x, Wg); up = Int4MatMul(x, Wu)
+Int4MatMul(Mul(Mul(gate, Sigmoid(gate)), up), Wd)  ->  corral.cpu::Int4FeedForward(x, [Wg; Wu], Wd)
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir import tape
+
+from corral.graphs.lower.corral_cpu.matmul import MATMUL
+from corral.graphs.lower.onnxruntime.merge_matmul import merge_stored
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.spec.cpu_ops import DOMAIN
+from corral.spec.errors import InputError
+
+FEED_FORWARD = "Int4FeedForward"
+
+
+def fuse_int4_feed_forward(work: ModelAndPlan) -> bool:
+    """Fuse every feed-forward. Raises PatternAbsent unless there is one a layer, InputError where its halves differ."""
+    fused = sum(_fuse(work, down) for down in work.nodes(MATMUL, DOMAIN))
+    if fused != work.config.num_layers:
+        raise PatternAbsent(f"fuse_int4_feed_forward fused {fused} feed-forwards, expected {work.config.num_layers}")
+    return True
+
+
+def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
+    product = _made_by(down.inputs[0], "Mul")
+    silu = _made_by(product.inputs[0], "Mul") if product else None
+    up = _made_by(product.inputs[1], MATMUL) if product else None
+    gate = _made_by(silu.inputs[0], MATMUL) if silu else None
+    sigmoid = _made_by(silu.inputs[1], "Sigmoid") if silu else None
+    if not (product and silu and up and gate and sigmoid):
+        return False
+    if sigmoid.inputs[0] is not gate.outputs[0] or gate.inputs[0] is not up.inputs[0]:
+        return False
+    halves = [entry for node in (gate, up) if (entry := work.entry_of(node.inputs[1]))]
+    if halves[0].steps != halves[1].steps:
+        raise InputError(
+            f"{halves[0].weight} and {halves[1].weight} are quantized in different ways; corral's CPU kernels take them "
+            "as one matrix. Use --kernels stock."
+        )
+    x, *down_weights = gate.inputs[0], *down.inputs[1:]
+    build = tape.Tape()
+    y = build.op(FEED_FORWARD, [x, *merge_stored(work, [gate, up]), *down_weights], domain=DOMAIN)
+    work.replace_node(down, build.nodes, [y])
+    work.graph.remove([product, silu, sigmoid, gate, up], safe=True)
+    return True
+
+
+def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None

@@ -1,0 +1,68 @@
+// Rows of activations, quantized: cut into panels as even as possible, one after the other in memory.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "ort_api.h"
+
+namespace corral {
+
+// Rows first … first + rows - 1 of a call.
+struct PanelPlace {
+  int64_t first, rows;
+};
+
+inline void cut_into_panels(int64_t first, int64_t rows, std::vector<PanelPlace>& places) {
+  const int64_t count = (rows + kPanelRows - 1) / kPanelRows;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
+    places.push_back({first + begin, end - begin});
+  }
+}
+
+class Activations {
+ public:
+  Activations(int64_t rows, Inputs inputs)
+      : inputs_(inputs),
+        codes_(rows * inputs.count),
+        scales_(rows * (inputs.count / inputs.group)),
+        offsets_(rows * (inputs.count / inputs.group)) {}
+
+  Inputs inputs() const { return inputs_; }
+
+  Panel panel(const PanelPlace& place) const {
+    const int64_t group = place.first * (inputs_.count / inputs_.group);
+    return {codes_.get() + place.first * inputs_.count, scales_.get() + group, offsets_.get() + group, place.rows};
+  }
+
+  // Quantizes every row; `row_of(i)` is where row i lies, `gain_of(i)` what multiplies it. Throws where a value is not
+  // finite: it would silently become some other number.
+  template <class RowOf, class GainOf>
+  void fill(const Kernels& kernels, const ort::Workers& workers, const std::vector<PanelPlace>& places, RowOf row_of,
+            GainOf gain_of, const char* what) {
+    std::atomic<int64_t> broken{-1};
+    workers.each(places.size(), [&](size_t i) {
+      const Panel into = panel(places[i]);
+      for (int64_t row = 0; row < into.rows; row++) {
+        const int64_t at = places[i].first + row;
+        if (!kernels.quantize(row_of(at), gain_of(at), inputs_, into, row)) broken = at;
+      }
+    });
+    if (broken >= 0) {
+      throw ort::Failure(ort::kInvalidArgument, std::string(what) + " holds a value that is infinite or not a number: "
+                                                "weights or caches are damaged, or the model overflows");
+    }
+  }
+
+ private:
+  Inputs inputs_;
+  Buffer<int8_t> codes_;
+  Buffer<float> scales_;
+  Buffer<int32_t> offsets_;
+};
+
+}  // namespace corral

@@ -1,0 +1,92 @@
+// Kernels for x86-64 with AVX2, FMA and F16C. Only called where dispatch.cc found these.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#include "elementwise.h"
+#include "kernels.h"
+
+namespace corral {
+namespace {
+
+// Products of 4-bit by 8-bit codes fit 16 bits in sums of 8: |15 * 127 * 8| = 15240 for each of the two that
+// maddubs adds, 30480 together. So 32 inputs are summed in 16 bits before they are widened.
+constexpr int64_t kNarrow = 32;
+
+inline __m256i broadcast(const int8_t* codes) {
+  int32_t word;
+  std::memcpy(&word, codes, sizeof word);
+  return _mm256_set1_epi32(word);
+}
+
+// `Rows` rows of the panel from `row` on; a tile's 16 outputs are two vectors of 8.
+template <int Rows>
+inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs inputs, float* y, int64_t row_stride) {
+  const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  __m256 total[Rows][2];
+  for (auto& t : total) t[0] = t[1] = _mm256_setzero_ps();
+  for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
+    const int64_t first = group * inputs.group, at = group * panel.rows + row;
+    __m256i sum[Rows][2];
+    for (int i = 0; i < Rows; i++) sum[i][0] = sum[i][1] = _mm256_set1_epi32(panel.offsets[at + i]);
+    for (int64_t part = first; part < first + inputs.group; part += kNarrow) {
+      __m256i narrow[Rows][2];
+      for (auto& n : narrow) n[0] = n[1] = _mm256_setzero_si256();
+      for (int64_t k = part; k < part + kNarrow; k += 8) {
+        const int8_t* x = panel.codes + k * panel.rows + 4 * row;
+        for (int half = 0; half < 2; half++) {
+          const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.codes + 8 * k + 32 * half));
+          const __m256i low = _mm256_and_si256(w, low_half), high = _mm256_and_si256(_mm256_srli_epi16(w, 4), low_half);
+          for (int i = 0; i < Rows; i++) {
+            const __m256i by_low = _mm256_maddubs_epi16(low, broadcast(x + 4 * i));
+            const __m256i by_high = _mm256_maddubs_epi16(high, broadcast(x + 4 * (panel.rows + i)));
+            narrow[i][half] = _mm256_add_epi16(narrow[i][half], _mm256_add_epi16(by_low, by_high));
+          }
+        }
+      }
+      for (int i = 0; i < Rows; i++) {
+        for (int half = 0; half < 2; half++) {
+          sum[i][half] = _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(narrow[i][half], ones));
+        }
+      }
+    }
+    for (int half = 0; half < 2; half++) {
+      const uint16_t* scales = tile.scales + group * kTileOutputs + 8 * half;
+      const __m256 weight_scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+      for (int i = 0; i < Rows; i++) {
+        const __m256 scale = _mm256_mul_ps(weight_scale, _mm256_set1_ps(panel.scales[at + i]));
+        total[i][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][half]), scale, total[i][half]);
+      }
+    }
+  }
+  for (int i = 0; i < Rows; i++) {
+    _mm256_storeu_ps(y + i * row_stride, total[i][0]);
+    _mm256_storeu_ps(y + i * row_stride + 8, total[i][1]);
+  }
+}
+
+void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
+  int64_t row = 0;
+  for (; row + 4 <= panel.rows; row += 4) multiply<4>(tile, panel, row, inputs, y + row * row_stride, row_stride);
+  for (; row + 2 <= panel.rows; row += 2) multiply<2>(tile, panel, row, inputs, y + row * row_stride, row_stride);
+  if (row < panel.rows) multiply<1>(tile, panel, row, inputs, y + row * row_stride, row_stride);
+}
+
+void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
+  one_tile(first, panel, inputs, y, row_stride);
+  one_tile(second, panel, inputs, y + kTileOutputs, row_stride);
+}
+
+}  // namespace
+
+extern const Kernels kAvx2{quantize_row, one_tile, two_tiles, swiglu_rows};
+
+}  // namespace corral
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,111 @@
+// Kernels for x86-64 with AVX-512 (F, BW, DQ, VL) and its int8 dot products. Only called where dispatch.cc found these.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#include "elementwise.h"
+#include "kernels.h"
+
+namespace corral {
+namespace {
+
+constexpr int64_t kPrefetchBytes = 3072;  // ahead of the tile being read; past the end it does nothing
+
+inline __m512i broadcast(const int8_t* codes) {
+  int32_t word;
+  std::memcpy(&word, codes, sizeof word);
+  return _mm512_set1_epi32(word);
+}
+
+// A panel of exactly `Rows` rows by `Tiles` tiles; a tile's 16 outputs are one vector.
+template <int Rows, int Tiles>
+inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
+  // Few accumulators would wait for each other: then low and high halves are summed apart.
+  constexpr bool apart = Rows * Tiles <= 4;
+  const __m512i low_half = _mm512_set1_epi8(15);
+  __m512 total[Rows][Tiles];
+  for (auto& row : total) {
+    for (__m512& t : row) t = _mm512_setzero_ps();
+  }
+  for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
+    const int64_t first = group * inputs.group, at = group * Rows;
+    __m512i sum[Rows][Tiles], sum_high[apart ? Rows : 1][Tiles];
+    for (int i = 0; i < Rows; i++) {
+      for (int t = 0; t < Tiles; t++) {
+        sum[i][t] = _mm512_set1_epi32(panel.offsets[at + i]);
+        if (apart) sum_high[apart ? i : 0][t] = _mm512_setzero_si512();
+      }
+    }
+    for (int64_t k = first; k < first + inputs.group; k += 8) {
+      const int8_t *x_low = panel.codes + k * Rows, *x_high = x_low + 4 * Rows;
+      for (int t = 0; t < Tiles; t++) {
+        const uint8_t* codes = tiles[t].codes + 8 * k;
+        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
+        const __m512i w = _mm512_loadu_si512(codes);
+        const __m512i low = _mm512_and_si512(w, low_half), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), low_half);
+        for (int i = 0; i < Rows; i++) {
+          sum[i][t] = _mm512_dpbusd_epi32(sum[i][t], low, broadcast(x_low + 4 * i));
+          __m512i& into = apart ? sum_high[apart ? i : 0][t] : sum[i][t];
+          into = _mm512_dpbusd_epi32(into, high, broadcast(x_high + 4 * i));
+        }
+      }
+    }
+    for (int t = 0; t < Tiles; t++) {
+      const uint16_t* scales = tiles[t].scales + group * kTileOutputs;
+      const __m512 weight_scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+      for (int i = 0; i < Rows; i++) {
+        const __m512i whole = apart ? _mm512_add_epi32(sum[i][t], sum_high[apart ? i : 0][t]) : sum[i][t];
+        const __m512 scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(panel.scales[at + i]));
+        total[i][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, total[i][t]);
+      }
+    }
+  }
+  for (int i = 0; i < Rows; i++) {
+    for (int t = 0; t < Tiles; t++) _mm512_storeu_ps(y + i * row_stride + t * kTileOutputs, total[i][t]);
+  }
+}
+
+template <int Rows>
+void one(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
+  multiply<Rows, 1>(tiles, panel, inputs, y, row_stride);
+}
+
+// Both tiles at once while accumulators and totals fit 32 registers.
+template <int Rows>
+void two(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
+  if constexpr (Rows <= 6) {
+    multiply<Rows, 2>(tiles, panel, inputs, y, row_stride);
+  } else {
+    multiply<Rows, 1>(tiles, panel, inputs, y, row_stride);
+    multiply<Rows, 1>(tiles + 1, panel, inputs, y + kTileOutputs, row_stride);
+  }
+}
+
+using ByRows = void (*)(const Tile*, const Panel&, Inputs, float*, int64_t);
+constexpr ByRows kOne[] = {one<1>, one<2>, one<3>, one<4>, one<5>, one<6>, one<7>, one<8>, one<9>, one<10>, one<11>, one<12>};
+constexpr ByRows kTwo[] = {two<1>, two<2>, two<3>, two<4>, two<5>, two<6>, two<7>, two<8>, two<9>, two<10>, two<11>, two<12>};
+static_assert(sizeof kOne / sizeof *kOne == kPanelRows && sizeof kTwo / sizeof *kTwo == kPanelRows);
+
+void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
+  kOne[panel.rows - 1](&tile, panel, inputs, y, row_stride);
+}
+
+void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
+  const Tile tiles[] = {first, second};
+  kTwo[panel.rows - 1](tiles, panel, inputs, y, row_stride);
+}
+
+}  // namespace
+
+extern const Kernels kAvx512Vnni{quantize_row, one_tile, two_tiles, swiglu_rows};
+
+}  // namespace corral
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

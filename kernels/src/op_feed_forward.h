@@ -1,0 +1,39 @@
+// Int4FeedForward(x [..., H], gate_up, its scales, down, its scales) -> (silu(x gate) * (x up)) down, [..., H]
+//
+// gate_up holds I outputs of the gate, then I of up, in 2 I / 16 tiles; down has I inputs and H outputs.
+#pragma once
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "feed_forward.h"
+#include "tokens.h"
+
+namespace corral {
+
+class Int4FeedForward {
+ public:
+  static constexpr const char* kName = "Int4FeedForward";
+  static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
+
+  Int4FeedForward(const ort::Api& api, const ort::KernelInfo* info)
+      : kernels_(*choose_instruction_set().kernels), weights_(read_feed_forward(api, info, 1, 2)) {}
+
+  void compute(const ort::Api& api, ort::KernelContext* context) const {
+    const int64_t hidden = weights_.hidden();
+    const Tokens x = read_tokens(api, context, 0, hidden, "x");
+    float* y = api.output(context, x.shape);
+    std::vector<Visit> visits;
+    for (int64_t first = 0; first < x.count; first += kTokensAtOnce) {
+      visits.clear();
+      for (int64_t t = 0; t < std::min(kTokensAtOnce, x.count - first); t++) visits.push_back({t, 0, t, 1.0f});
+      feed_forward(kernels_, ort::Workers(api, context), weights_, x.values + first * hidden, visits, y + first * hidden);
+    }
+  }
+
+ private:
+  const Kernels& kernels_;
+  FeedForward weights_;
+};
+
+}  // namespace corral

@@ -1,0 +1,36 @@
+#include "weights.h"
+
+namespace corral {
+
+std::string shape_in_words(const std::vector<int64_t>& shape) {
+  std::string words = "[";
+  for (size_t i = 0; i < shape.size(); i++) words += (i ? ", " : "") + std::to_string(shape[i]);
+  return words + "]";
+}
+
+Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank, const char* name) {
+  const ort::Tensor codes = api.constant(info, first), scales = api.constant(info, first + 1);
+  const auto refuse = [&](const char* expected) {
+    throw ort::Failure(ort::kInvalidArgument, std::string(name) + ": codes " + shape_in_words(codes.shape) + ", scales " +
+                                                  shape_in_words(scales.shape) + "; expected " + expected);
+  };
+  if (codes.type != ort::kUint8 || scales.type != ort::kFloat16) refuse("codes of type uint8 and scales of type float16");
+  if (codes.shape.size() != rank || scales.shape.size() != rank + 1) {
+    refuse(rank == 2 ? "codes [tiles, 8 inputs] and scales [tiles, groups, 16]"
+                     : "codes [experts, tiles, 8 inputs] and scales [experts, tiles, groups, 16]");
+  }
+  for (size_t i = 0; i + 1 < rank; i++) {
+    if (codes.shape[i] != scales.shape[i] || codes.shape[i] < 1) refuse("as many tiles (and experts) in both, at least one");
+  }
+  const int64_t bytes = codes.shape[rank - 1], groups = scales.shape[rank - 1];
+  if (scales.shape[rank] != kTileOutputs || groups < 1 || bytes < 1 || bytes % (8 * groups)) {
+    refuse("16 scales for each group of inputs, and 8 bytes of codes for each input");
+  }
+  const Inputs inputs{bytes / 8, bytes / 8 / groups};
+  if (inputs.group != 32 && inputs.group != 64 && inputs.group != 128) refuse("32, 64 or 128 inputs in a group");
+  if (!codes.data || !scales.data) refuse("data");
+  return {static_cast<const uint8_t*>(codes.data), static_cast<const uint16_t*>(scales.data),
+          rank == 3 ? codes.shape[0] : 1, codes.shape[rank - 2], inputs};
+}
+
+}  // namespace corral

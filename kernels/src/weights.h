@@ -1,0 +1,33 @@
+// One stored int4 matrix, or one for each expert: codes uint8 [experts, tiles, 8 inputs], scales fp16 [experts, tiles,
+// groups, 16], in the layout of kernels.h. Read where ONNX Runtime holds them, mapped from the bundle's file: nothing is
+// copied, and an expert that is never chosen is never touched.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+#include "ort_api.h"
+
+namespace corral {
+
+struct Weights {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  int64_t experts, tiles;
+  Inputs inputs;
+
+  int64_t outputs() const { return tiles * kTileOutputs; }
+
+  Tile tile(int64_t expert, int64_t index) const {
+    const int64_t i = expert * tiles + index;
+    return {codes + i * inputs.count * kTileOutputs / 2, scales + i * (inputs.count / inputs.group) * kTileOutputs};
+  }
+};
+
+// The weights at inputs `first` and `first + 1` of an operator. Throws ort::Failure where types or shapes do not fit
+// each other; `rank` is that of the codes: 2, or 3 with experts.
+Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank, const char* name);
+
+std::string shape_in_words(const std::vector<int64_t>& shape);
+
+}  // namespace corral

@@ -1,0 +1,161 @@
+"""Bundles for corral's CPU kernels, through the runtime, against PyTorch with the same weights and int8 activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corral.graphs import compile
+from corral.graphs.stages import export_stage, lower_stage, quantize_stage
+from corral.model.checkpoint.open import open_checkpoint
+from corral.model.checkpoint.reference import load_reference
+from corral.model.text import Experts, Llama4Text
+from corral.runtime import LLM, SamplingParams
+from corral.spec.bundle import open_bundle
+from corral.spec.errors import EnvironmentProblem, InputError
+from corral.spec.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
+GROUP = 32
+FORMS = ("scout", "maverick", "guard", "topk2")
+RECIPE = Recipe(target="cpu", weights="int4", group_size=GROUP, kernels="corral")
+Bundle = Callable[..., Path]
+Checkpoint = Callable[[str], Path]
+
+
+def dequantized(matrix: Tensor) -> Tensor:
+    """[outputs, inputs] -> what 4-bit codes by the float32 scale, and the fp16 scale that is stored, make of it."""
+    groups = matrix.double().unflatten(-1, (-1, GROUP))
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).float()
+    return ((groups / scale.double()).round().clamp(-7, 7) * scale.half().double()).flatten(-2).float()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x with int8 codes and a scale for each group, as the kernels see it."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return ((groups * (127 / largest)).round() * (largest / 127)).flatten(-2)
+
+
+class RoundedExperts(Experts):
+    """Experts whose inputs are rounded before each product."""
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        gate, up = (rounded(x) @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return rounded(F.silu(gate) * up) @ self.down_proj[expert]
+
+
+def reference(directory: Path) -> Llama4Text:
+    """The model with the kernels' arithmetic, but for the order of sums."""
+    model = load_reference(open_checkpoint(directory))
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, Experts):
+                module.__class__ = RoundedExperts
+                for parameter in (module.gate_up_proj, module.down_proj):
+                    parameter.copy_(dequantized(parameter.transpose(1, 2)).transpose(1, 2))
+            elif isinstance(module, nn.Linear) and "router" not in name:
+                module.weight.copy_(dequantized(module.weight))
+                module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_are_those_of_the_stored_weights(tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, form: str) -> None:
+    """Over three chunks. Exact, but where a value on the border of two int8 codes takes the other one."""
+    ids = np.random.default_rng(3).integers(0, 256, 40)
+    with torch.no_grad():
+        want = reference(tiny_checkpoint(form)).logits(torch.tensor(ids)[None])[0].numpy()
+    got = LLM(tiny_bundle(form, "cpu", "int4", "corral")).score(ids)
+    error = np.abs(got - want) / np.abs(want).max()
+    assert error.max(axis=-1).min() < 2e-6  # a row that no such value came into
+    assert error.mean() < 1e-3
+    assert error.max() < 2e-2
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(tiny_bundle: Bundle) -> None:
+    llm = LLM(tiny_bundle("scout", "cpu", "int4", "corral"), threads=2)
+    prompts = [list(np.random.default_rng(i).integers(0, 256, 3 + 7 * i)) for i in range(4)]
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    together = [completion.token_ids for completion in llm.generate(prompts, params)]
+    assert together == [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_large_matrix_goes_to_the_kernels(tiny_bundle: Bundle, form: str) -> None:
+    bundle = open_bundle(tiny_bundle(form, "cpu", "int4", "corral"))
+    config = bundle.manifest.model
+    nodes = [node.op_type for node in onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node]
+    layers, routed = config.num_layers, sum(layer.moe for layer in config.layers)
+    assert nodes.count("Int4MatMul") == 2 * layers + 1  # q, k and v in one; o; the head
+    assert nodes.count("Int4FeedForward") == layers
+    assert nodes.count("Int4Experts") == routed
+    assert nodes.count("MatMul") == routed  # routers
+    assert not {"MatMulNBits", "QMoE", "DequantizeLinear", "Sigmoid"} & set(nodes)
+    stored = {record.kind: record for record in bundle.manifest.coverage}
+    assert stored["attention"].stored == "int4 g32"
+    assert stored["attention"].bytes * 8 == stored["attention"].parameters * (4 + 16 / GROUP)  # fp16 scales
+    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": "1"}
+
+
+def test_bytes_are_the_same_twice_and_by_stages(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    whole = open_bundle(tiny_bundle("maverick", "cpu", "int4", "corral"))
+    export_stage(tiny_checkpoint("maverick"), tmp_path / "exported")
+    quantize_stage(tmp_path / "exported", tmp_path / "quantized", RECIPE)
+    by_stages = lower_stage(tmp_path / "quantized", tmp_path / "lowered", RECIPE)
+    assert {f.path: f.sha256 for f in whole.manifest.files} == {f.path: f.sha256 for f in by_stages.manifest.files}
+
+
+def test_two_stages_give_the_logits_of_one(tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    compile(tiny_checkpoint("scout"), tmp_path / "staged", Recipe(**{**RECIPE.to_json(), "stages": 2}))
+    ids = list(range(20))
+    assert np.array_equal(
+        LLM(tmp_path / "staged").score(ids), LLM(tiny_bundle("scout", "cpu", "int4", "corral")).score(ids)
+    )
+
+
+def test_a_bundle_is_refused_where_the_library_is_missing(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corral.kernels.library.PATH", tmp_path / "nothing.so")
+    with pytest.raises(EnvironmentProblem, match=r"CPU kernels are not installed .* or compile .* `--kernels stock`"):
+        LLM(tiny_bundle("scout", "cpu", "int4", "corral"))
+    LLM(tiny_bundle("scout", "cpu", "int4"))
+
+
+@pytest.mark.parametrize("needs", ["2", "99999999999999999999", "latest", ""])
+def test_a_bundle_for_a_newer_library_is_refused(tiny_bundle: Bundle, tmp_path: Path, needs: str) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for path in tiny_bundle("scout", "cpu", "int4", "corral").iterdir():
+        (bundle / path.name).hardlink_to(path)
+    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    manifest["requires"]["corral_cpu_ops"] = needs
+    (bundle / "manifest.json").unlink()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EnvironmentProblem, match=rf"have version 1; this bundle needs {needs}. Install a newer corral"):
+        LLM(bundle)
+
+
+def test_outputs_that_are_no_whole_tiles_are_refused_by_name(
+    tiny_config: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = tiny_config("guard") | {"vocab_size": 300, "num_hidden_layers": 1, "no_rope_layers": [1]}
+    Llama4ForCausalLM(Llama4TextConfig(**config)).save_pretrained(tmp_path / "odd")
+    with pytest.raises(InputError, match=r"lm_head.weight has 300 outputs; .* multiples of 16. Use --kernels stock"):
+        compile(tmp_path / "odd", tmp_path / "out", RECIPE)
+    assert not (tmp_path / "out").exists()

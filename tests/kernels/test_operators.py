@@ -1,0 +1,476 @@
+"""The operators against float64, against ONNX Runtime's own, against themselves in other batches, and against bad input.
+
+Models of one node are built here; `true_*` say in float64 what they must compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from corral.graphs.quantize.pack import pack_rows
+from corral.graphs.quantize.tiles import tile_codes, tile_scales
+from corral.kernels import find_library
+from corral.spec.cpu_ops import DOMAIN
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
+Array = NDArray[Any]
+FLOAT = TensorProto.FLOAT
+VARIABLE = "CORRAL_CPU_OPS_ISA"
+LIBRARY = "CORRAL_TEST_LIBRARY"  # test_sanitizers.py runs this file again, with another build
+EXAMPLES = 8 if LIBRARY in os.environ else 30
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantized matrix [outputs, inputs]: codes 1 … 15, scales [outputs, groups] that fp16 can hold."""
+
+    codes: Array
+    scales: Array
+
+    @property
+    def values(self) -> Array:
+        """What it stands for, in float64."""
+        group = self.codes.shape[1] // self.scales.shape[1]
+        return (self.codes.astype(np.float64) - 8) * np.repeat(self.scales.astype(np.float64), group, axis=1)
+
+    @property
+    def stored(self) -> tuple[Array, Array]:
+        return tile_codes(self.codes), tile_scales(self.scales)
+
+
+def random_matrix(rng: np.random.Generator, outputs: int, inputs: int, group: int) -> Matrix:
+    codes = rng.integers(1, 16, (outputs, inputs), dtype=np.uint8)
+    scales = (rng.uniform(0.5, 1.5, (outputs, inputs // group)) / 5 / np.sqrt(inputs)).astype(np.float16)
+    return Matrix(codes, scales.astype(np.float32))
+
+
+def quantized(weight: Array, group: int) -> Matrix:
+    groups = weight.reshape(len(weight), -1, group)
+    scales = (np.abs(groups).max(-1) / 7).astype(np.float16).astype(np.float32)
+    codes = np.clip(np.rint(groups / scales[:, :, None]), -7, 7) + 8
+    return Matrix(codes.astype(np.uint8).reshape(weight.shape), scales)
+
+
+def stacked(matrices: Sequence[Matrix]) -> tuple[Array, Array]:
+    codes, scales = zip(*(matrix.stored for matrix in matrices), strict=True)
+    return np.stack(codes), np.stack(scales)
+
+
+def session(
+    op: str,
+    weights: Sequence[Array],
+    activations: Sequence[str] = ("x",),
+    *,
+    domain: str = DOMAIN,
+    threads: int = 1,
+    inputs: Sequence[str] = (),
+    types: dict[str, int] | None = None,
+    **attributes: Any,
+) -> ort.InferenceSession:
+    """A session of one node: its weights are w0, w1, …, its `inputs` the activations and these unless said otherwise."""
+    names = [f"w{i}" for i in range(len(weights))]
+    node = helper.make_node(op, inputs or [*activations, *names], ["y"], domain=domain, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info(name, (types or {}).get(name, FLOAT), None) for name in activations],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [numpy_helper.from_array(array, name) for array, name in zip(weights, names, strict=True)],
+    )
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(os.environ.get(LIBRARY) or str(find_library().path))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512_vnni")
+
+
+@contextmanager
+def forced(instruction_set: str) -> Iterator[None]:
+    """Sessions opened inside compute with these kernels; skips the test where the processor lacks them."""
+    os.environ[VARIABLE] = instruction_set
+    try:
+        if find_library().instruction_set != instruction_set:
+            pytest.skip(f"this processor has no {instruction_set}")
+        yield
+    finally:
+        del os.environ[VARIABLE]
+
+
+def matmul(matrix: Matrix, x: Array, **options: Any) -> Array:
+    return session("Int4MatMul", matrix.stored, **options).run(None, {"x": x})[0]
+
+
+def feed_forward(gate_up: Matrix, down: Matrix, x: Array, **options: Any) -> Array:
+    return session("Int4FeedForward", (*gate_up.stored, *down.stored), **options).run(None, {"x": x})[0]
+
+
+def experts(
+    gate_up: Sequence[Matrix], down: Sequence[Matrix], x: Array, logits: Array, k: int = 1, **options: Any
+) -> Array:
+    weights = (*stacked(gate_up), *stacked(down))
+    return session("Int4Experts", weights, ("x", "logits"), k=k, **options).run(None, {"x": x, "logits": logits})[0]
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+See = Callable[[Array], Array]  # what a product makes of its activations before it multiplies
+
+
+def true_feed_forward(gate_up: Matrix, down: Matrix, x: Array, see: See = np.asarray) -> Array:
+    gate, up = np.split(see(x).astype(np.float64) @ gate_up.values.T, 2, axis=-1)
+    return see(gate * sigmoid(gate) * up) @ down.values.T
+
+
+def true_experts(
+    gate_up: Sequence[Matrix], down: Sequence[Matrix], x: Array, logits: Array, k: int = 1, see: See = np.asarray
+) -> Array:
+    y = np.zeros(x.shape, np.float64)
+    for token in range(len(x)):
+        for e in np.argsort(-logits[token], kind="stable")[:k]:
+            scaled = sigmoid(logits[token, e].astype(np.float64)) * x[token]
+            y[token] += true_feed_forward(gate_up[e], down[e], scaled[None], see)[0]
+    return y
+
+
+def relative_error(got: Array, want: Array) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def rounded(x: Array, group: int) -> Array:
+    """What int8 activations with a scale for each group make of x: the kernels' only approximation."""
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    codes = np.rint(groups * np.divide(np.float32(127), largest, where=largest > 0, out=np.zeros_like(largest)))
+    return (codes.astype(np.float64) * (largest / np.float32(127))).reshape(x.shape)
+
+
+def random_batch(rng: np.random.Generator, tokens: int, hidden: int, *, outliers: bool = False) -> Array:
+    x = rng.standard_normal((tokens, hidden)).astype(np.float32)
+    if outliers:  # a few channels far above the others, as in real transformers
+        x[:, rng.choice(hidden, 6, replace=False)] *= 20
+    return x
+
+
+# --- what is computed ---
+
+SHAPES = st.tuples(
+    st.integers(1, 30),  # tokens
+    st.integers(1, 5),  # tiles of outputs
+    st.integers(1, 4),  # groups of inputs
+    st.sampled_from((32, 64, 128)),
+    st.integers(0, 1000),  # seed
+)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@given(shape=SHAPES)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_a_matrix_product_is_that_of_the_rounded_activations(
+    instruction_set: str, shape: tuple[int, int, int, int, int]
+) -> None:
+    """Given int8 activations, only float32 sums over groups are inexact."""
+    tokens, tiles, groups, group, seed = shape
+    rng = np.random.default_rng(seed)
+    matrix = random_matrix(rng, 16 * tiles, groups * group, group)
+    x = random_batch(rng, tokens, groups * group)
+    with forced(instruction_set):
+        got = matmul(matrix, x)
+    assert relative_error(got, rounded(x, group) @ matrix.values.T) < 1e-6
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("code", [0, 1, 15])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_do_not_overflow(instruction_set: str, code: int, sign: int) -> None:
+    matrix = Matrix(np.full((16, 256), code, np.uint8), np.ones((16, 2), np.float32))
+    x = np.full((5, 256), sign * 127, np.float32)
+    with forced(instruction_set):
+        assert (matmul(matrix, x) == sign * 127 * 256 * (code - 8)).all()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@given(shape=SHAPES, experts_and_k=st.sampled_from(((1, 1), (4, 1), (5, 2), (3, 3))))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_experts_and_feed_forward_compute_their_definition(
+    instruction_set: str, shape: tuple[int, int, int, int, int], experts_and_k: tuple[int, int]
+) -> None:
+    """Within what int8 activations cost: 3 % in the norm even for one token and small groups."""
+    tokens, tiles, groups, group, seed = shape
+    count, k = experts_and_k
+    rng = np.random.default_rng(seed)
+    hidden, width = groups * group, tiles * 128
+    gate_up = [random_matrix(rng, 2 * width, hidden, group) for _ in range(count)]
+    down = [random_matrix(rng, hidden, width, group) for _ in range(count)]
+    x, logits = random_batch(rng, tokens, hidden), rng.standard_normal((tokens, count)).astype(np.float32)
+    with forced(instruction_set):
+        routed = experts(gate_up, down, x, logits, k)
+        dense = feed_forward(gate_up[0], down[0], x)
+    assert relative_error(routed, true_experts(gate_up, down, x, logits, k)) < 0.03
+    assert relative_error(dense, true_feed_forward(gate_up[0], down[0], x)) < 0.03
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_experts_are_those_of_the_rounded_activations(k: int) -> None:
+    """For most tokens exactly: a value on the border of two codes takes the other one now and then."""
+    rng = np.random.default_rng(12)
+    gate_up = [random_matrix(rng, 2 * 64, 128, 32) for _ in range(4)]
+    down = [random_matrix(rng, 128, 64, 32) for _ in range(4)]
+    x, logits = random_batch(rng, 41, 128), rng.standard_normal((41, 4)).astype(np.float32)
+    want = true_experts(gate_up, down, x, logits, k, functools.partial(rounded, group=32))
+    errors = np.abs(experts(gate_up, down, x, logits, k) - want).max(-1) / np.abs(want).max()
+    assert np.median(errors) < 1e-6
+
+
+@given(x=st.lists(st.floats(-120, 120, width=32), min_size=16, max_size=16))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_silu_is_exact_to_float32(x: list[float]) -> None:
+    """Through matrices that pass single values: gate = x, up = 1, down = identity."""
+    gate_up_codes = np.full((64, 32), 8, np.uint8)
+    gate_up_codes[np.arange(16), np.arange(16)] = 9
+    gate_up_codes[32:48, 16] = 9
+    identity = np.full((32, 32), 8, np.uint8)
+    identity[np.arange(32), np.arange(32)] = 9
+    ones = np.ones((64, 1), np.float32)
+    one_value = np.zeros((16, 32), np.float32)  # each row has one value besides the 1, so that rounding is seen once
+    one_value[np.arange(16), np.arange(16)] = x
+    one_value[:, 16] = np.abs(x)
+    got = feed_forward(Matrix(gate_up_codes, ones), Matrix(identity, ones[:32]), one_value)
+    value = np.array(x, np.float32).astype(np.float64)
+    want = value * sigmoid(value) * np.abs(value)
+    assert np.abs(np.diag(got) - want).max() <= 4e-6 * np.abs(want).max() + 1e-30
+
+
+# --- against ONNX Runtime's own ---
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("group", [32, 128])
+def test_error_is_no_larger_than_onnxruntimes(group: int, outliers: bool) -> None:
+    """On the same data, at its accuracy level 4, which rounds activations to int8, too; 2 % for luck."""
+    rng = np.random.default_rng(3)
+    hidden, width, count, tokens = 512, 1024, 4, 37
+    gate_up = [quantized(rng.standard_normal((2 * width, hidden)) / hidden**0.5, group) for _ in range(count)]
+    down = [quantized(rng.standard_normal((hidden, width)) / width**0.5, group) for _ in range(count)]
+    x = random_batch(rng, tokens, hidden, outliers=outliers)
+    logits = rng.standard_normal((tokens, count)).astype(np.float32)
+    want = true_experts(gate_up, down, x, logits)
+    ours = relative_error(experts(gate_up, down, x, logits), want)
+    scaled = x * sigmoid(logits.max(-1, keepdims=True))
+    assert ours <= 1.02 * relative_error(qmoe(gate_up, down, scaled, logits, group), want)
+
+    want = x.astype(np.float64) @ down[0].values[:, :hidden].T
+    square = Matrix(down[0].codes[:, :hidden], down[0].scales[:, : hidden // group])
+    assert relative_error(matmul(square, x), want) <= 1.02 * relative_error(matmul_nbits(square, x, group), want)
+
+
+def qmoe(gate_up: Sequence[Matrix], down: Sequence[Matrix], x: Array, logits: Array, group: int) -> Array:
+    def interleaved(array: Array) -> Array:
+        return np.stack(np.split(array, 2), axis=1).reshape(array.shape)
+
+    weights = (
+        np.stack([interleaved(pack_rows(matrix.codes, bits=4)) for matrix in gate_up]),
+        np.stack([interleaved(matrix.scales) for matrix in gate_up]),
+        np.stack([pack_rows(matrix.codes, bits=4) for matrix in down]),
+        np.stack([matrix.scales for matrix in down]),
+    )
+    attributes: dict[str, Any] = {
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+    }
+    attributes |= {"swiglu_limit": 1e30, "k": 1, "normalize_routing_weights": 1}
+    attributes |= {"expert_weight_bits": 4, "block_size": group, "accuracy_level": 4}
+    names = ("x", "logits", "w0", "w1", "", "w2", "w3", "")
+    return session("QMoE", weights, ("x", "logits"), domain="com.microsoft", inputs=names, **attributes).run(
+        None, {"x": x.astype(np.float32), "logits": logits}
+    )[0]
+
+
+def matmul_nbits(matrix: Matrix, x: Array, group: int) -> Array:
+    outputs, inputs = matrix.codes.shape
+    weights = (pack_rows(matrix.codes, bits=4).reshape(outputs, inputs // group, group // 2), matrix.scales)
+    attributes = {"K": inputs, "N": outputs, "bits": 4, "block_size": group, "accuracy_level": 4}
+    return session("MatMulNBits", weights, domain="com.microsoft", **attributes).run(None, {"x": x})[0]
+
+
+# --- the same bits ---
+
+
+def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set() -> None:
+    rng = np.random.default_rng(5)
+    gate_up = [random_matrix(rng, 2 * 160, 96, 32) for _ in range(6)]
+    down = [random_matrix(rng, 96, 160, 32) for _ in range(6)]
+    x, logits = random_batch(rng, 67, 96), rng.standard_normal((67, 6)).astype(np.float32)
+    assert len(set(logits.argmax(-1))) == 6
+
+    def everything(rows: slice, threads: int = 1) -> tuple[Array, ...]:
+        return (
+            matmul(gate_up[0], x[rows], threads=threads),
+            feed_forward(gate_up[0], down[0], x[rows], threads=threads),
+            experts(gate_up, down, x[rows], logits[rows], 1, threads=threads),
+            experts(gate_up, down, x[rows], logits[rows], 3, threads=threads),
+        )
+
+    want = everything(slice(None))
+    for threads in (2, 5):
+        assert all(map(np.array_equal, everything(slice(None), threads), want))
+    for rows in (slice(0, 1), slice(7, 20), slice(3, 5), slice(40, 67)):
+        assert all(np.array_equal(got, all_[rows]) for got, all_ in zip(everything(rows), want, strict=True))
+    for instruction_set in INSTRUCTION_SETS:
+        with forced(instruction_set):
+            assert all(map(np.array_equal, everything(slice(None)), want))
+
+
+def test_more_tokens_than_are_computed_at_once() -> None:
+    rng = np.random.default_rng(8)
+    gate_up, down = [random_matrix(rng, 64, 32, 32)], [random_matrix(rng, 32, 32, 32)]
+    x = random_batch(rng, 2048 + 5, 32)
+    got = experts(gate_up, down, x, np.zeros((len(x), 1), np.float32))
+    assert np.array_equal(got[2040:], experts(gate_up, down, x[2040:], np.zeros((13, 1), np.float32)))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64), (2, 3, 64), (64,)])
+def test_leading_axes_are_as_given(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(9)
+    x = rng.standard_normal(shape).astype(np.float32)
+    gate_up, down = random_matrix(rng, 128, 64, 64), random_matrix(rng, 64, 64, 64)
+    assert matmul(gate_up, x).shape == (*shape[:-1], 128)
+    assert feed_forward(gate_up, down, x).shape == shape
+    assert experts([gate_up], [down], x, np.zeros((*shape[:-1], 1), np.float32)).shape == shape
+
+
+# --- bad input ---
+
+RNG = np.random.default_rng(0)
+GATE_UP, DOWN = random_matrix(RNG, 64, 64, 32), random_matrix(RNG, 64, 32, 32)
+CODES, SCALES = GATE_UP.stored  # [4, 512], [4, 2, 16]
+X = RNG.standard_normal((3, 64)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "says"),
+    [
+        (CODES[:, :-8], SCALES, "8 bytes of codes for each input"),
+        (CODES[:2], SCALES, "as many tiles"),
+        (CODES, SCALES[:, :, :8], "16 scales for each group"),
+        (CODES, SCALES[:, 0], "codes [tiles, 8 inputs] and scales [tiles, groups, 16]"),
+        (CODES[None], SCALES[None], "codes [tiles, 8 inputs] and scales [tiles, groups, 16]"),
+        (CODES[:, :384], np.repeat(SCALES, 3, axis=1)[:, :3], "32, 64 or 128 inputs in a group"),
+        (CODES[:0], SCALES[:0], "at least one"),
+        (CODES[:, :0], SCALES, "8 bytes of codes"),
+        (CODES, SCALES[:, :0], "16 scales"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_when_the_session_opens(codes: Array, scales: Array, says: str) -> None:
+    with pytest.raises(Exception, match="Int4MatMul: the matrix") as refused:
+        session("Int4MatMul", (codes, scales))
+    assert says in str(refused.value)
+
+
+def test_gate_up_and_down_must_fit_each_other() -> None:
+    with pytest.raises(Exception, match="expected down to take half of gate_up's outputs"):
+        feed_forward(GATE_UP, GATE_UP, X)
+    with pytest.raises(Exception, match="expected down to take half of gate_up's outputs"):
+        experts([GATE_UP] * 3, [DOWN] * 2, X, np.zeros((3, 3), np.float32))
+
+
+@pytest.mark.parametrize("k", [0, -1, 3, 1 << 62])
+def test_k_must_be_one_to_the_number_of_experts(k: int) -> None:
+    with pytest.raises(Exception, match=f"k is {k}, expected 1 to the number of experts, 2"):
+        experts([GATE_UP] * 2, [DOWN] * 2, X, np.zeros((3, 2), np.float32), k)
+
+
+def test_activations_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(Exception, match=r"x has shape \[3, 63\], expected float values \[\.\.\., 64\]"):
+        matmul(GATE_UP, X[:, :63])
+    with pytest.raises(Exception, match=r"x has shape \[\]"):
+        matmul(GATE_UP, np.array(1, np.float32))
+    with pytest.raises(
+        Exception, match=r"router_logits has shape \[2, 2\], expected a row for each of the 3 rows of x"
+    ):
+        experts([GATE_UP] * 2, [DOWN] * 2, X, np.zeros((2, 2), np.float32))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 31, 63])
+def test_what_is_not_finite_is_refused(instruction_set: str, value: float, place: int) -> None:
+    x = X.copy()
+    x[1, place] = value
+    with forced(instruction_set):
+        for run in (lambda: matmul(GATE_UP, x), lambda: feed_forward(GATE_UP, DOWN, x)):
+            with pytest.raises(Exception, match="x holds a value that is infinite or not a number"):
+                run()
+
+
+def test_what_overflows_inside_is_refused() -> None:
+    with pytest.raises(Exception, match="what gate and up made of x holds a value"):
+        feed_forward(GATE_UP, DOWN, X * np.float32(1e36))
+
+
+def test_a_router_logit_must_be_a_number() -> None:
+    with pytest.raises(Exception, match="a router logit is not a number"):
+        experts([GATE_UP] * 2, [DOWN] * 2, X, np.array([[0, 1], [np.nan, 0], [0, 1]], np.float32))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e-40, 1e-36, 3e38])
+def test_tiny_and_huge_values_are_no_trouble(value: float) -> None:
+    x = np.full((2, 64), value, np.float32)
+    got = matmul(Matrix(np.full((16, 64), 9, np.uint8), np.full((16, 2), 1 / 128, np.float32)), x)
+    assert np.allclose(got, x.astype(np.float64).sum(-1, keepdims=True) / 128, rtol=0.01, atol=1e-34)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "abacus")
+    with pytest.raises(Exception, match=r'CORRAL_CPU_OPS_ISA is "abacus"; this processor has kernels for .*portable'):
+        matmul(GATE_UP, X)
+
+
+def test_weights_must_be_constant() -> None:
+    with pytest.raises(Exception, match="input 1 is no constant initializer"):
+        session("Int4MatMul", (SCALES,), ("x", "w"), inputs=("x", "w", "w0"), types={"w": TensorProto.UINT8})
+
+
+@pytest.mark.skipif(sys.platform != "linux" or LIBRARY in os.environ, reason="limits this process's memory")
+def test_too_little_memory_is_an_error_and_nothing_is_lost() -> None:
+    import resource
+
+    rng = np.random.default_rng(0)
+    width = 1 << 16  # 2,000 tokens' inner values: 524 MB, more than malloc can have kept from the tests before
+    gate_up, down = random_matrix(rng, 2 * width, 128, 128), random_matrix(rng, 128, width, 128)
+    opened = session("Int4FeedForward", (*gate_up.stored, *down.stored))
+    x = random_batch(rng, 2000, 128)
+    want = opened.run(None, {"x": x[:5]})[0]
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (20 << 20), limits[1]))
+    try:
+        with pytest.raises(Exception, match="failed to allocate memory for the activations"):
+            opened.run(None, {"x": x})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert np.array_equal(opened.run(None, {"x": x[:5]})[0], want)
