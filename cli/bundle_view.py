@@ -19,6 +19,7 @@ NEXT = {
     "lowered": "corral build {path} --gpu rtx4090",
     "ready": 'corral run {path} "Once upon a time"',
 }
+SHOWN_FALLBACKS = 8
 NEXT_WITH_ENGINE = "corral inspect {path} --engine"
 NEXT_WITHOUT_TOKENIZER = "corral validate CHECKPOINT {path} --token-ids FILE"
 
@@ -50,7 +51,24 @@ def summary(bundle: Bundle) -> dict[str, Any]:
         "recipe": manifest.recipe.to_json(),
         "engines": [dataclasses.asdict(engine) for engine in manifest.engines],
         "coverage": [dataclasses.asdict(record) for record in manifest.coverage],
+        "calibration": dataclasses.asdict(manifest.calibration) if manifest.calibration else None,
     }
+
+
+def calibration_lines(manifest: Manifest) -> list[str]:
+    """What the weights were calibrated on, and which experts were quantized without; nothing where none were calibrated."""
+    record = manifest.calibration
+    if record is None:
+        return []
+    lines = [f"calibrated on {record.tokens:,} tokens of {record.text}, in windows of {record.window}"]
+    if record.fallbacks:
+        named = [f"{f.weight}.{f.expert} ({f.tokens})" for f in record.fallbacks]
+        lines.append(
+            f"{len(named)} experts saw fewer than {record.min_tokens} tokens and were quantized by "
+            f"{record.fallbacks[0].method} instead: {', '.join(named[:SHOWN_FALLBACKS])}"
+            + (f" and {len(named) - SHOWN_FALLBACKS} more (corral inspect --json)" if named[SHOWN_FALLBACKS:] else "")
+        )
+    return lines
 
 
 def next_command(bundle: Bundle) -> str:
@@ -76,4 +94,6 @@ def show_written(bundle: Bundle, *, as_json: bool) -> None:
         + "".join(f", engine for {', '.join(engine.capabilities)}" for engine in bundle.manifest.engines),
     }[bundle.manifest.stage]
     print_table(coverage_table(bundle.manifest))
+    for line in calibration_lines(bundle.manifest):
+        click.echo(f"   {line}")
     click.echo(f"\n   {bundle.directory}: {size(bundle.bytes)}, {what}\n   next: {next_command(bundle)}")

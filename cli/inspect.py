@@ -57,7 +57,7 @@ View = tuple[Any, Callable[[], None]]
 
 
 def _summary(bundle: Bundle, _: str | None) -> View:
-    from corral.cli.bundle_view import coverage_table, next_command, summary
+    from corral.cli.bundle_view import calibration_lines, coverage_table, next_command, summary
     from corral.cli.formats import counted, size
     from corral.cli.tables import print_table
 
@@ -94,6 +94,8 @@ def _summary(bundle: Bundle, _: str | None) -> View:
             click.echo(f"   {key:<11}{value}")
         click.echo()
         print_table(coverage_table(manifest))
+        for line in calibration_lines(manifest):
+            click.echo(f"   {line}")
         click.echo(f"\n   next: {next_command(bundle)}")
 
     more = {"model": model.to_json(), "kv": [dataclasses.asdict(kv) for kv in manifest.kv]}

@@ -10,6 +10,8 @@ from pathlib import Path
 EXCLUDED = ("site-packages", "encodings", "pydoc_data", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__")
 LARGEST_FILE = 400_000  # bytes; beyond it are data tables
 HELD_OUT_PER_MILLE = 18
+CALIBRATION_CHARACTERS = 256_000
+CALIBRATION_FILES = 2_000, 16_000  # bytes
 
 
 def source_files() -> list[Path]:
@@ -37,9 +39,29 @@ def split() -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def calibration_text() -> str:
+    """Whole training files of ordinary size, chosen by a hash of their paths, until there are CALIBRATION_CHARACTERS."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    chosen = sorted(
+        (path for path in source_files() if not is_held_out(path) and "test" not in path.relative_to(root).parts),
+        key=lambda path: hashlib.sha256(b"calibration " + path.relative_to(root).as_posix().encode()).digest(),
+    )
+    texts: list[str] = []
+    for path in chosen:
+        if CALIBRATION_FILES[0] <= path.stat().st_size <= CALIBRATION_FILES[1]:
+            texts.append(path.read_text(encoding="utf-8"))
+        if sum(map(len, texts)) >= CALIBRATION_CHARACTERS:
+            break
+    return "\n".join(texts)
+
+
 def _is_utf8(path: Path) -> bool:
     try:
         path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return False
     return True
+
+
+if __name__ == "__main__":  # writes the calibration text that corral ships
+    Path("graphs/calibrate/python-library.txt").write_text(calibration_text(), encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corral.exporter.export import export
+from corral.graphs.calibrate.calibrate import calibration_key
 from corral.graphs.engine.engines import build_engines
 from corral.graphs.engine.tensorrt_module import check_installed
 from corral.graphs.execute.execution import Execution
@@ -61,10 +62,11 @@ def lower(
 
     For FP8 the model also reads a text, unless its `ranges` are known (`largest_inputs`).
     """
+    statistics = calibration_key(checkpoint, recipe)  # first: a text that does not do is told at once
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
     ranges = activation_ranges(checkpoint, recipe) if ranges is None else ranges
-    work = ModelAndPlan(model, plan, checkpoint.config, recipe, ranges)
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe, ranges, statistics)
     for phase in phases(recipe.lowering):
         run_phase(phase, work)
     return work

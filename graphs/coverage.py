@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from corral.graphs.quantize.kinds import KINDS, kind_of
-from corral.spec.manifest import CoverageRecord
+from corral.graphs.quantize.methods import METHODS
+from corral.spec.manifest import CalibrationRecord, CoverageRecord
 from corral.spec.quant_scheme import in_words
 from corral.spec.weight_plan import Entry, WeightPlan
 
+CALIBRATED = {method.step for method in METHODS.values() if method.calibrated}
 
-def coverage(plan: WeightPlan) -> tuple[CoverageRecord, ...]:
+
+def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> tuple[CoverageRecord, ...]:
     """One record per kind of weight, way of storing it and way it was published, in the order of `KINDS`."""
     rows: dict[tuple[str, str, str], list[Entry]] = {}
+    fell_back = {(fallback.weight, fallback.expert) for fallback in calibration.fallbacks} if calibration else set()
     for entry in plan:
         rows.setdefault((kind_of(entry.weight).name, stored_as(entry), entry.published), []).append(entry)
     order = [kind.name for kind in KINDS]
@@ -19,6 +23,7 @@ def coverage(plan: WeightPlan) -> tuple[CoverageRecord, ...]:
             kind=kind,
             stored=stored,
             published=published,
+            fallbacks=sum(_expert(entry, i) in fell_back for entry in entries for i in range(len(entry.pieces))),
             matrices=sum(len(entry.pieces) for entry in entries if entry.parameters),
             parameters=sum(entry.parameters for entry in entries),
             bytes=sum(entry.nbytes for entry in entries),
@@ -36,5 +41,12 @@ def stored_as(entry: Entry) -> str:
             args = dict(step.args)
             if step.name == "e4m3":
                 return in_words("fp8", 0)
-            return in_words(f"int{args['bits']}", int(args["group_size"]))
+            method = "" if step.name in ("rtn", "as_published") else f" {step.name.replace('_', '-')}"
+            return in_words(f"int{args['bits']}", int(args["group_size"])) + method
     return entry.dtype
+
+
+def _expert(entry: Entry, piece: int) -> tuple[str, int] | None:
+    """Whose matrix a piece is, in the words of a calibration's fallbacks; None where it was not calibrated."""
+    calibrated = entry.parameters and any(step.name in CALIBRATED for step in entry.steps)
+    return (entry.weight.rpartition(".")[0], piece) if calibrated else None

@@ -27,7 +27,8 @@ GRAPH_FILE, PLAN_FILE, TOKENIZER_FILE, TEMPLATE_FILE = (
     "chat_template.jinja",
 )
 # What has a number in its name.
-OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx|[\w.-]+\.engine(\.json)?")
+OURS = re.compile(r"weights-\d+\.bin|decoder-\d+\.onnx|[\w.-]+\.engine(\.json)?|(statistics|hidden)-[0-9a-f]{16}-.*")
+STATISTICS = re.compile(r"(statistics|hidden)-[0-9a-f]{16}-.*(?<!\.partial)")
 
 
 def stage_file(stage: int) -> str:
@@ -69,7 +70,8 @@ def bundle_directory(out: Path, *, key: str, what: str, jobs: int, fresh: bool) 
         try:
             yield journal
         except BaseException as error:
-            if isinstance(error, InputError) or not journal.done:
+            calibrated = any(STATISTICS.fullmatch(path.name) for path in out.iterdir())
+            if isinstance(error, InputError) or not (journal.done or calibrated):
                 _remove_files(out)
                 if not existed:
                     out.rmdir()

@@ -6,19 +6,23 @@ A dress rehearsal where the disk is too small for the bundle, or before machines
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corral.graphs.calibrate.calibrate import calibrate
 from corral.graphs.compiler import lower
 from corral.graphs.execute.execute import run_jobs
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import RunJob
-from corral.graphs.execute.job import Job, ReadPiece, plan_jobs
+from corral.graphs.execute.job import Job, ReadPiece, ReadStatistics, plan_jobs
 from corral.graphs.execute.shards import shard_name
+from corral.graphs.quantize.methods import METHODS
 from corral.graphs.split_stages import place_weights, split_stages
 from corral.model.checkpoint.open import open_checkpoint
+from corral.spec.errors import InputError
 from corral.spec.progress import Progress, silent
 from corral.spec.recipe import Recipe
 from corral.spec.weight_plan import Placement, WeightPlan
@@ -54,15 +58,24 @@ def rehearse(
     ray: str | None = None,
     progress: Progress = silent,
 ) -> Rehearsal:
-    """Do all that `compile` does except writing, and return digests. Needs its time and memory, and no disk space.
+    """Do all that `compile` does except writing, and return digests. Needs its time and memory, and no disk space but
+    for a calibration's statistics, which lie in the temporary directory meanwhile.
 
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
+    if ray is not None and METHODS[recipe.method].calibrated:
+        raise InputError(
+            f"a rehearsal keeps what --method {recipe.method} learns of its text in this machine's temporary directory, which "
+            "a Ray cluster does not see. Rehearse without --ray, or compile with -o on the file system that all share."
+        )
     how = Execution(jobs=jobs, ray=ray)
     source = open_checkpoint(Path(checkpoint), progress=progress)
     work = lower(source, recipe, progress=progress)
     placements = place_weights(work, split_stages(work))
-    return rehearse_plan(work.plan, placements, source.read_piece, how, progress)
+    with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
+        calibration = calibrate(work, source, Path(scratch), progress)
+        known = calibration.statistics.of if calibration else None
+        return rehearse_plan(work.plan, placements, source.read_piece, how, progress, known)
 
 
 def rehearse_plan(
@@ -71,11 +84,12 @@ def rehearse_plan(
     read: ReadPiece,
     how: Execution,
     progress: Progress = silent,
+    read_statistics: ReadStatistics | None = None,
 ) -> Rehearsal:
     """Compute a plan's weights and keep their digests."""
     started = time.monotonic()
     jobs = plan_jobs(plan, placements, how.job_elements)
-    digests = dict(run_jobs(jobs, RunJob(read, shards=None), how, progress))
+    digests = dict(run_jobs(jobs, RunJob(read, None, read_statistics), how, progress))
     return Rehearsal(
         shards=shard_digests(jobs, digests),
         parameters=sum(job.elements for job in jobs),

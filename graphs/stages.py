@@ -11,6 +11,7 @@ import onnx_ir as ir
 from corral.exporter.bind_weights import EMBEDDING_ENTRY
 from corral.exporter.export import export
 from corral.exporter.planned_tensor import replace_initializer
+from corral.graphs.calibrate.calibrate import calibration_key
 from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import PLAN_FILE, check_out
@@ -86,4 +87,5 @@ def _open_stage(directory: Path, stage: Stage, recipe: Recipe, progress: Progres
             replace_initializer(model.graph, model.graph.initializers[entry.name], entry)
     if stage == "quantized":  # its weights are decided; only the target is open
         recipe = dataclasses.replace(manifest.recipe, target=recipe.target)
-    return ModelAndPlan(model, plan, checkpoint.config, recipe), checkpoint
+    key = calibration_key(checkpoint, recipe)
+    return ModelAndPlan(model, plan, checkpoint.config, recipe, key), checkpoint

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from corral.exporter.bind_weights import EMBEDDING_ENTRY
+from corral.graphs.calibrate.calibrate import calibrate
 from corral.graphs.coverage import coverage
 from corral.graphs.execute.execute import execute
 from corral.graphs.execute.execution import Execution
@@ -71,7 +72,9 @@ def write_bundle(
     key = compile_key(jobs, stage, version("corral"), checkpoint_identity(checkpoint))
     with bundle_directory(out, key=key, what=_in_words(work, checkpoint), jobs=len(jobs), fresh=fresh) as journal:
         _check_disk_space(shards)
-        names = execute(jobs, shards, checkpoint.read_piece, journal, how, progress)
+        calibration = calibrate(work, checkpoint, out, progress) if stage == "ready" else None
+        known = calibration.statistics.of if calibration else None
+        names = execute(jobs, shards, checkpoint.read_piece, journal, how, progress, known)
         for graph in graphs:
             names.append(write_file(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
         names.append(write_file(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
@@ -98,12 +101,15 @@ def write_bundle(
             )
             if stage == "ready"
             else None,
-            coverage=coverage(work.plan),
+            coverage=coverage(work.plan, calibration.record if calibration else None),
+            calibration=calibration.record if calibration else None,
             tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
             chat_template=TEMPLATE_FILE if template is not None else None,
             special_tokens=checkpoint.special_tokens(),
             files=hash_files(out, names, threads=how.jobs or usable_cores(), progress=progress),
         )
+        if calibration:
+            calibration.statistics.remove()
         write_file(out, MANIFEST_NAME, manifest.dumps().encode())
     bundle = Bundle(out, manifest)
     remember_verified(bundle)

@@ -70,6 +70,17 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def route(logits_TE: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tensor, list[int]]:
+    """All visits of tokens to their top-K experts, sorted by expert: each visit's token and gate, and visits by expert.
+
+    The gate is sigmoid(router logit), in float32: it scales what the expert sees.
+    """
+    logits_TK, expert_TK = logits_TE.topk(num_experts_per_tok, dim=-1)
+    by_expert = expert_TK.flatten().argsort(stable=True)
+    visits = expert_TK.flatten().bincount(minlength=logits_TE.shape[-1]).tolist()
+    return by_expert // num_experts_per_tok, torch.sigmoid(logits_TK.float()).flatten()[by_expert], visits
+
+
 class Experts(nn.Module):
     """The routed experts: each token visits its top-K experts, which see the token scaled by sigmoid(router logit).
 
@@ -84,13 +95,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
     def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
-        x_TH, logits_TE = x.flatten(0, -2), router_logits.flatten(0, -2)
-        logits_TK, expert_TK = logits_TE.topk(self.num_experts_per_tok, dim=-1)
-        gate_TK = torch.sigmoid(logits_TK.float()).type_as(x)
-        by_expert = expert_TK.flatten().argsort(stable=True)  # visits, sorted by the expert visited
-        token = by_expert // self.num_experts_per_tok
-        routed = x_TH[token] * gate_TK.flatten()[by_expert, None]
-        visits = expert_TK.flatten().bincount(minlength=len(self.gate_up_proj)).tolist()
+        x_TH = x.flatten(0, -2)
+        token, gate, visits = route(router_logits.flatten(0, -2), self.num_experts_per_tok)
+        routed = x_TH[token] * gate[:, None].type_as(x)
         answers = [self._expert(e, mine) for e, mine in enumerate(routed.split(visits)) if len(mine)]
         return torch.zeros_like(x_TH).index_add(0, token, torch.cat(answers).type_as(x)).view_as(x)
 

@@ -73,6 +73,30 @@ class CoverageRecord:
     parameters: int
     bytes: int
     published: str = ""  # how the checkpoint stores them where it is quantized: "int4 g128", "fp8 per output", …
+    fallbacks: int = 0  # of the matrices, those quantized by another method: see the calibration's list
+
+
+@dataclass(frozen=True, kw_only=True)
+class FallbackRecord:
+    """An expert that too few tokens of the calibration text visited, and by which method it was quantized instead."""
+
+    weight: str
+    expert: int
+    tokens: int
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecord:
+    """What the weights were calibrated on. `sha256` is the text's, "" where token ids were made up."""
+
+    text: str
+    sha256: str
+    tokens: int
+    window: int  # tokens; each window starts without context
+    expert_tokens: dict[str, tuple[int, ...]]  # a layer's experts -> how many tokens visited each
+    min_tokens: int  # fewer visits than this are a fallback
+    fallbacks: tuple[FallbackRecord, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +120,7 @@ class Manifest:
     coverage: tuple[CoverageRecord, ...]
     tokenizer: str | None  # path of tokenizer.json
     chat_template: str | None  # path of the Jinja template
+    calibration: CalibrationRecord | None = None
     engines: tuple[EngineRecord, ...] = ()
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token …, for the template
     files: tuple[FileRecord, ...] = ()

@@ -15,7 +15,8 @@ from corral.spec.gpus import capability_of
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
 from corral.spec.target import check_capability, target_named
 
-METHODS = ("rtn",)
+METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
+LEAST_CALIBRATION_TOKENS = 512
 ENGINE_KEYS = ("gpu", "max_context", "max_batch")
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
@@ -29,6 +30,8 @@ class Recipe:
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
+    calibration: str = "python-library"  # for calibrated methods: a UTF-8 text file, or a text that corral ships
+    calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
     requantize: bool = False  # weights that the checkpoint stores quantized in another way may be quantized again
@@ -44,6 +47,12 @@ class Recipe:
             )
         if self.method not in METHODS:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
+        if self.method != "rtn" and not scheme.is_quantized:
+            raise InputError(f"method {self.method} quantizes weights, and {scheme.name} keeps them in floating point.")
+        if self.calibration_tokens < LEAST_CALIBRATION_TOKENS:
+            raise InputError(
+                f"calibration_tokens is {self.calibration_tokens}, expected at least {LEAST_CALIBRATION_TOKENS}."
+            )
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
         if self.kernels not in target.kernels:

@@ -22,6 +22,8 @@ SHARD_BYTES = 4 << 30
 JOB_ELEMENTS = 1 << 26
 JOB_BYTES_PER_ELEMENT = 20
 PROCESS_BYTES = 512 << 20
+# A job that knows its inputs' X^T X, for each number of that: float32, permuted, float64 and its Cholesky factor, inverse.
+STATISTICS_BYTES_PER_SQUARE = 32
 ALIGNMENT = 4096
 
 ITEM_BITS = {

@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 
 from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import Finished, RunJob
-from corral.graphs.execute.job import Job, ReadPiece
+from corral.graphs.execute.job import Job, ReadPiece, ReadStatistics
 from corral.graphs.execute.journal import Journal
 from corral.graphs.execute.shards import Shards
 from corral.spec.progress import Progress, silent
@@ -21,6 +21,7 @@ def execute(
     journal: Journal,
     how: Execution,
     progress: Progress = silent,
+    read_statistics: ReadStatistics | None = None,
 ) -> list[str]:
     """Write the shards of the jobs' plan; returns their names. Peak memory is that of one job in each process.
 
@@ -31,7 +32,9 @@ def execute(
     journal.forget([i for i, job in enumerate(jobs) if not kept.issuperset(o.shard for o in job.outputs)])
     batch = _Batch(jobs, shards, journal, how)
     try:
-        with closing(run_jobs(jobs, RunJob(read, shards), how, progress, done=journal.done)) as finished:
+        with closing(
+            run_jobs(jobs, RunJob(read, shards, read_statistics), how, progress, done=journal.done)
+        ) as finished:
             for index, digests in finished:
                 batch.add(index, digests)
     except BaseException:

@@ -11,7 +11,7 @@ from corral.graphs.execute.process_pool import ProcessPool
 from corral.graphs.execute.ray_cluster import RayCluster, check_ray
 from corral.spec.errors import InputError
 from corral.spec.machine import usable_cores, usable_memory
-from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, JOB_ELEMENTS, PROCESS_BYTES
+from corral.spec.weight_plan import JOB_ELEMENTS, PROCESS_BYTES
 
 # A worker needs seconds to start; with less than this to do it is not worth it.
 ELEMENTS_WORTH_A_WORKER = 1 << 28
@@ -42,8 +42,7 @@ class Execution:
         if self.jobs is not None:
             return max(1, min(self.jobs, len(jobs)))
         total = sum(job.elements for job in jobs)
-        largest = max((job.elements for job in jobs), default=0)
-        by_memory = usable_memory() // (PROCESS_BYTES + largest * JOB_BYTES_PER_ELEMENT)
+        by_memory = usable_memory() // (PROCESS_BYTES + max((job.peak_bytes for job in jobs), default=0))
         return max(1, min(usable_cores(), by_memory, total // ELEMENTS_WORTH_A_WORKER, len(jobs)))
 
     def executor_for(self, jobs: Sequence[Job]) -> Executor:

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from corral.graphs.execute.job import Job, ReadPiece, run_job
+from corral.graphs.execute.job import Job, ReadPiece, ReadStatistics, run_job
 from corral.graphs.execute.shards import Shards
 
 # Where a job stands in the plan, and the SHA-256 of each of its outputs: all that comes back from a job.
@@ -22,10 +22,11 @@ class RunJob:
 
     read: ReadPiece
     shards: Shards | None
+    read_statistics: ReadStatistics | None = None
 
     def __call__(self, job: Job) -> tuple[str, ...]:
         digests = []
-        for output, data in run_job(job, self.read):
+        for output, data in run_job(job, self.read, self.read_statistics):
             if self.shards is not None:
                 self.shards.write(output.shard, output.offset, data)
             digests.append(hashlib.sha256(data).hexdigest())

@@ -13,7 +13,19 @@ from numpy.typing import NDArray
 
 from corral.graphs.execute.steps import STEPS
 from corral.spec.errors import InputError
-from corral.spec.weight_plan import JOB_ELEMENTS, Entry, Placement, Source, Step, WeightPlan
+from corral.spec.weight_plan import (
+    JOB_BYTES_PER_ELEMENT,
+    JOB_ELEMENTS,
+    STATISTICS_BYTES_PER_SQUARE,
+    Entry,
+    Placement,
+    Source,
+    Step,
+    WeightPlan,
+)
+
+# What the statistics of a calibration say of one source: arrays by name.
+ReadStatistics = Callable[[Source], Mapping[str, NDArray[Any]]]
 
 # Reads a source: its values, float32, or with `as_stored` its codes and scales by name (`Checkpoint.read_piece`).
 ReadPiece = Callable[[Source], NDArray[np.float32] | Mapping[str, NDArray[Any]]]
@@ -40,6 +52,13 @@ class Job:
     @property
     def elements(self) -> int:
         return math.prod(self.source.shape)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that the job needs at most."""
+        solves = any(step.name == "gptq" for output in self.outputs for step in output.steps)
+        statistics = STATISTICS_BYTES_PER_SQUARE * self.source.shape[-1] ** 2 if solves else 0
+        return self.elements * JOB_BYTES_PER_ELEMENT + statistics
 
 
 def plan_jobs(plan: WeightPlan, placements: Mapping[str, Placement], limit: int = JOB_ELEMENTS) -> list[Job]:
@@ -83,8 +102,11 @@ def _cut(source: Source, group: list[tuple[Entry, Output]], limit: int) -> Itera
         yield Job(dataclasses.replace(source, **changes), outputs)
 
 
-def run_job(job: Job, read: ReadPiece) -> list[tuple[Output, bytes]]:
-    """Execute a job. Steps that several outputs begin with are computed once."""
+def run_job(job: Job, read: ReadPiece, read_statistics: ReadStatistics | None = None) -> list[tuple[Output, bytes]]:
+    """Execute a job. Steps that several outputs begin with are computed once.
+
+    Where a step names statistics (by the argument `statistics`), it is given what those say of the job's source.
+    """
     source = read(job.source)
     results: dict[Any, Any] = {}
     finished = []
@@ -94,7 +116,7 @@ def run_job(job: Job, read: ReadPiece) -> list[tuple[Output, bytes]]:
             key = (output.steps[:i], step.name, step.args)
             if key not in results:
                 try:
-                    results[key] = STEPS[step.name](value, **dict(step.args))
+                    results[key] = STEPS[step.name](value, **_arguments(step, job.source, read_statistics))
                 except InputError as error:
                     raise InputError(f"{output.entry} {error}") from None
             value = results[key][step.output] if step.output else results[key]
@@ -103,3 +125,12 @@ def run_job(job: Job, read: ReadPiece) -> list[tuple[Output, bytes]]:
             raise AssertionError(f"{output.entry}: steps made {len(data)} bytes, the plan says {output.nbytes}")
         finished.append((output, data))
     return finished
+
+
+def _arguments(step: Step, source: Source, read_statistics: ReadStatistics | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = dict(step.args)
+    if "statistics" in arguments:
+        if read_statistics is None:
+            raise AssertionError(f"{step} needs statistics, and none were gathered")
+        arguments["statistics"] = read_statistics(source)
+    return arguments

@@ -28,7 +28,7 @@ from corral.graphs.execute.ray_worker import Shared, digest_of, run
 from corral.graphs.execute.shards import PARTIAL
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.unfinished import JOURNAL_NAME
-from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, PROCESS_BYTES
+from corral.spec.weight_plan import PROCESS_BYTES
 
 RETRIES = 3  # of a job whose worker or node died
 LOOK_SECONDS = 5.0  # between two looks at the cluster's nodes
@@ -54,7 +54,7 @@ class RayCluster:
         waiting = list(jobs)
         if not waiting:
             return
-        memory = PROCESS_BYTES + max(job.elements for _, job in waiting) * JOB_BYTES_PER_ELEMENT
+        memory = PROCESS_BYTES + max(job.peak_bytes for _, job in waiting)
         check_ray(self.address)
         with connected(self.address) as ray, _shared(run_job, waiting) as shared:
             # Retried by Ray is only what died with its worker or node: errors come back as values.

@@ -9,10 +9,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from corral.graphs.quantize.awq import awq, rescale
 from corral.graphs.quantize.e4m3 import e4m3, gains
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
+from corral.graphs.quantize.gptq import gptq
+from corral.graphs.quantize.hqq import hqq
 from corral.graphs.quantize.pack import pack_columns, pack_rows
 from corral.graphs.quantize.rtn import rtn
+from corral.graphs.quantize.rtn_mse import rtn_mse
 from corral.graphs.quantize.tiles import tile_codes, tile_scales
 from corral.spec.errors import InputError
 
@@ -58,6 +62,11 @@ STEPS: dict[str, Callable[..., Any]] = {
     "rows": rows,
     "columns": columns,
     "rtn": rtn,
+    "rtn_mse": rtn_mse,
+    "hqq": hqq,
+    "gptq": gptq,
+    "awq": awq,
+    "rescale": rescale,
     "e4m3": e4m3,
     "gains": gains,
     "as_published": as_published,

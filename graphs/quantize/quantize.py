@@ -17,6 +17,7 @@ from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.e4m3 import BASE
 from corral.graphs.quantize.kinds import kind_of
+from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
 from corral.spec.errors import InputError
 from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, in_words, scheme_named
 from corral.spec.recipe import Recipe
@@ -45,6 +46,9 @@ def quantize_weights(work: ModelAndPlan) -> bool:
             _quantize_fp8(work, entry, scheme.dtype)
         elif kind_of(entry.weight).quantized:
             _quantize(work, entry, scheme.bits, scheme.dtype)
+        elif METHODS[work.recipe.method].rescales and kind_of(entry.weight).name in ("norm", "router"):
+            rescaled = (step("rescale", statistics=work.statistics), *entry.steps)
+            work.plan.replace(entry.name, dataclasses.replace(entry, steps=rescaled))
     return True
 
 
@@ -56,26 +60,27 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
         fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
         raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
-    quantizer = "rtn"
-    if entry.published == in_words(work.recipe.weights, group):
-        quantizer = "as_published"
+    method = method_for(entry.published, work.recipe)
+    if method is AS_PUBLISHED:
         entry = dataclasses.replace(
             entry, pieces=tuple(dataclasses.replace(piece, as_stored=True) for piece in entry.pieces)
         )
     elif entry.published and not work.recipe.requantize:
         raise _published_otherwise(entry, work.recipe)
-    how = {"bits": bits, "group_size": group}
+    name, how = method.step, method.arguments(bits, group, work.statistics)
     codes = dataclasses.replace(
-        entry.with_layout(step(quantizer, output="codes", **how), step("pack_columns", bits=bits)),
+        entry.with_layout(step(name, output="codes", **how), step("pack_columns", bits=bits)),
         name=f"{entry.name}.codes",
         dtype=dtype,
+        cut=entry.cut if method.by_group else None,
         cut_multiple=group,
     )
     scales = dataclasses.replace(
-        entry.with_layout(step(quantizer, output="scales", **how), step("columns", dtype="float32")),
+        entry.with_layout(step(name, output="scales", **how), step("columns", dtype="float32")),
         name=f"{entry.name}.scales",
         shape=(*entry.shape[:-2], inputs // group, entry.shape[-1]),
         parameters=0,
+        cut=codes.cut,
         cut_multiple=group,
     )
     weight = work.graph.initializers[entry.name]

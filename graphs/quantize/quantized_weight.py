@@ -35,5 +35,5 @@ def find_quantized(work: ModelAndPlan, value: ir.Value | None) -> QuantizedWeigh
     codes, scales = work.entry_of(node.inputs[0]), work.entry_of(node.inputs[1])
     if codes is None or scales is None:
         return None
-    quantizer = dict(codes.steps[0].args)
+    quantizer = dict(next(step for step in codes.steps if step.output).args)
     return QuantizedWeight(codes, scales, int(quantizer["bits"]), int(quantizer["group_size"]), node)

@@ -230,6 +230,13 @@ def test_rehearsed_on_the_cluster(cluster: Cluster, work: ModelAndPlan, source: 
     assert there.shards == here.shards
 
 
+def test_workers_see_what_a_calibration_learned(cluster: Cluster, source: Checkpoint, tmp_path: Path) -> None:
+    gptq = lower(source, dataclasses.replace(INT4, method="gptq", calibration_tokens=1024))
+    assert write(gptq, source, tmp_path / "there", RayCluster(cluster.address)) == write(
+        gptq, source, tmp_path / "here", Serial()
+    )
+
+
 def test_a_damaged_weight_is_raised_as_itself_and_nothing_is_left(
     cluster: Cluster, work: ModelAndPlan, source: Checkpoint, tmp_path: Path
 ) -> None:

@@ -1,0 +1,111 @@
+"""GPTQ: round column after column, and let the columns still to come make up for each rounding error.
+
+Frantar et al. 2022 (arXiv 2210.17323), algorithm 1. With H = X^T X of the matrix's inputs X and H^-1 = U^T U, U upper
+triangular, column j's error (w_j - q_j) / U_jj is taken from the columns after it, times U's row j.
+
+Scales are chosen before, group by group of the stored layout, so that columns may be rounded in any order: those whose
+inputs are strongest first ("activation order"), when all others can still make up for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from corral.graphs.quantize.rtn_mse import rtn_mse, search_scales
+
+BLOCK = 128  # columns whose errors are put off, and then applied to all later ones as one product
+DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that hardly vary have no exact answer
+
+
+def gptq(
+    weight: NDArray[np.float32],
+    *,
+    bits: int,
+    group_size: int,
+    min_tokens: int,
+    statistics: Mapping[str, NDArray[Any]],
+    act_order: bool = True,
+) -> dict[str, NDArray[Any]]:
+    """Quantize [outputs, inputs] as `rtn_mse` does, for least error of the product with the inputs that were seen.
+
+    `statistics`: "hessian" float32 [inputs, inputs], X^T X of them, and "tokens", how many they were. Fewer than
+    `min_tokens` say too little: the result is then `rtn_mse`'s. One thread, so that it is the same bytes wherever it runs.
+    """
+    if statistics["tokens"].item() < min_tokens:
+        return rtn_mse(weight, bits=bits, group_size=group_size)
+    hessian = statistics["hessian"]
+    importance = hessian.diagonal() + _damping(hessian)
+    scales = search_scales(weight, bits=bits, group_size=group_size, importance=importance)
+    with _one_thread():
+        codes = _round(weight, scales, hessian, bits=bits, act_order=act_order)
+    return {"codes": codes, "scales": scales}
+
+
+def _round(
+    weight: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    hessian: NDArray[np.float32],
+    *,
+    bits: int,
+    act_order: bool,
+) -> NDArray[np.uint8]:
+    """Codes [outputs, inputs] for given scales."""
+    inputs = weight.shape[1]
+    order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else np.arange(inputs)
+    group_of = order // (inputs // scales.shape[1])
+    upper = _inverse_factor(hessian, order).float()
+    left = torch.from_numpy(weight.T[order])  # [inputs, outputs], in the order of rounding; a copy
+    scale_of = torch.from_numpy(np.ascontiguousarray(scales.T))
+    codes = np.empty((inputs, weight.shape[0]), np.uint8)
+    zero_point = 1 << (bits - 1)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        errors = torch.empty(stop - start, weight.shape[0])
+        for j in range(start, stop):
+            scale = scale_of[group_of[j]]
+            code = torch.round(left[j] / scale).clamp_(-zero_point, zero_point - 1)
+            error = (left[j] - code * scale) / upper[j, j]
+            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+            errors[j - start] = error
+            codes[order[j]] = (code + zero_point).to(torch.uint8).numpy()
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return np.ascontiguousarray(codes.T)
+
+
+def _damping(hessian: NDArray[np.float32]) -> float:
+    """What is added to the diagonal, so that inputs that hardly came count a little; 1 where none ever came."""
+    return DAMPING * float(hessian.diagonal().mean(dtype=np.float64)) or 1.0
+
+
+def _inverse_factor(hessian: NDArray[np.float32], order: NDArray[np.int64]) -> Tensor:
+    """U, upper triangular in float64, with U^T U = (H + damping)^-1, H's rows and columns taken in `order`.
+
+    H = R R^T with R upper triangular is a Cholesky decomposition from the last row up; then U = R^-1. One decomposition
+    and one triangular inverse, in place of an inverse and two decompositions.
+    """
+    backwards = order[::-1].copy()
+    matrix = torch.from_numpy(hessian)[backwards][:, backwards].double()
+    matrix.diagonal().add_(_damping(hessian))
+    lower = torch.linalg.cholesky(matrix)
+    del matrix
+    upper = lower.flip(0, 1)
+    del lower
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are split among threads, and so rounded, differently for each number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

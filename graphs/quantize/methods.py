@@ -1,0 +1,42 @@
+"""What each of the recipe's methods does to a matrix: the step that quantizes it, and what that step must know. A table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corral.spec.quant_scheme import in_words
+from corral.spec.recipe import Recipe
+
+# Of a matrix that saw fewer tokens of the calibration text, its inputs' sums say too little: an expert that hardly any token
+# visited is quantized without them, and the manifest names it.
+MIN_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """`by_group`: each group of inputs is quantized by itself, so a matrix may be cut along its inputs, too."""
+
+    step: str
+    calibrated: bool = False
+    by_group: bool = True
+    rescales: bool = False  # inputs are scaled, and what makes them with them
+
+    def arguments(self, bits: int, group_size: int, statistics: str) -> dict[str, int | float | str]:
+        """The step's literal arguments."""
+        scheme: dict[str, int | float | str] = {"bits": bits, "group_size": group_size}
+        return scheme | ({"min_tokens": MIN_TOKENS, "statistics": statistics} if self.calibrated else {})
+
+
+AS_PUBLISHED = Method(step="as_published")
+METHODS = {
+    "rtn": Method(step="rtn"),
+    "rtn-mse": Method(step="rtn_mse"),
+    "hqq": Method(step="hqq"),
+    "awq": Method(step="awq", calibrated=True, by_group=False, rescales=True),
+    "gptq": Method(step="gptq", calibrated=True, by_group=False),
+}
+
+
+def method_for(published: str, recipe: Recipe) -> Method:
+    """The recipe's method; for a matrix `published` in just the scheme that is asked for, keeping its codes and scales."""
+    return AS_PUBLISHED if published == in_words(recipe.weights, recipe.group_size) else METHODS[recipe.method]
