@@ -16,6 +16,7 @@ from corral.graphs.lower.tensorrt import attention as tensorrt_attention
 from corral.graphs.lower.tensorrt import moe as tensorrt_moe
 from corral.graphs.lower.tensorrt.capacity import fix_capacity
 from corral.graphs.lower.tensorrt.fp8 import lower_fp8_matmul
+from corral.graphs.lower.tensorrt.join_matmul import join_matmul
 from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
 from corral.graphs.lower.tensorrt.precision import lower_precision
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
@@ -49,6 +50,7 @@ TENSORRT = Phase(
         clean_up,
         lower_precision,
         clean_up,
+        join_matmul,
         name_nodes,
     ),
 )

@@ -13,8 +13,10 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from corral.graphs.engine.mapped_weights import MappedWeights
 from corral.graphs.engine.tensorrt_module import TensorRT, load_tensorrt
 
 ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
@@ -79,7 +81,8 @@ def _build(tensorrt: TensorRT, job: EngineJob) -> Built:
     builder.max_threads = 1  # with more, their order decides on bytes
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, builder.logger)
-    if not parser.parse_from_file(job.graph):
+    weights = MappedWeights(Path(job.graph))
+    if not weights.parse(parser):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         refused = [f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors]
         return Built(built_with=tensorrt.name, error="; ".join(refused or words))
@@ -103,7 +106,8 @@ def _build(tensorrt: TensorRT, job: EngineJob) -> Built:
             def write(self, data: bytes) -> int:
                 return file.write(data)
 
-        done = builder.build_serialized_network_to_stream(network, config, Writer())
+        with weights.giving_back():
+            done = builder.build_serialized_network_to_stream(network, config, Writer())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if not done:
         return Built(built_with=tensorrt.name, peak_memory_bytes=peak, error="; ".join(words) or "no reason given")

@@ -118,7 +118,7 @@ def run_job(job: Job, read: ReadPiece, read_statistics: ReadStatistics | None = 
                 try:
                     results[key] = STEPS[step.name](value, **_arguments(step, job.source, read_statistics))
                 except InputError as error:
-                    raise InputError(f"{output.entry} {error}") from None
+                    raise InputError(f"{job.source.tensor} {error}") from None
             value = results[key][step.output] if step.output else results[key]
         data = np.ascontiguousarray(value).tobytes()
         if len(data) != output.nbytes:

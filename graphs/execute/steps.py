@@ -14,7 +14,7 @@ from corral.graphs.quantize.e4m3 import e4m3, gains
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
-from corral.graphs.quantize.pack import pack_columns, pack_rows
+from corral.graphs.quantize.pack import pack_columns, pack_rows, pack_signed_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.graphs.quantize.rtn_mse import rtn_mse
 from corral.graphs.quantize.tiles import tile_codes, tile_scales
@@ -71,6 +71,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "gains": gains,
     "as_published": as_published,
     "pack_rows": pack_rows,
+    "pack_signed_rows": pack_signed_rows,
     "pack_columns": pack_columns,
     "tile_codes": tile_codes,
     "tile_scales": tile_scales,

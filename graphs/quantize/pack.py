@@ -24,10 +24,14 @@ def pack_rows(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.uint8]:
     return pack_nibbles(codes) if bits == 4 else codes
 
 
-def pack_columns(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:
-    """Signed codes [inputs, outputs], as ONNX stores INT4 and INT8: two's complement, packed along the last axis."""
+def pack_signed_rows(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:
+    """Signed codes [outputs, inputs], as ONNX stores INT4 and INT8: two's complement, packed along the last axis."""
     zero_point = np.uint8(1 << (bits - 1))
-    transposed = np.ascontiguousarray(codes.T)
     if bits == 4:
-        return pack_nibbles((transposed ^ zero_point) & np.uint8(15))  # code - 8 in 4-bit two's complement
-    return (transposed ^ zero_point).view(np.int8)
+        return pack_nibbles((codes ^ zero_point) & np.uint8(15))  # code - 8 in 4-bit two's complement
+    return (codes ^ zero_point).view(np.int8)
+
+
+def pack_columns(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:
+    """Signed codes as `pack_signed_rows`, but [inputs, outputs]."""
+    return pack_signed_rows(np.ascontiguousarray(codes.T), bits=bits)

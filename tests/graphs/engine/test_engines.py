@@ -94,8 +94,8 @@ def read(kernel: dict[str, Any]) -> list[str]:
 def test_int4_is_multiplied_without_a_float_copy_but_for_the_chosen_experts(built: Callable[[str, str], Path]) -> None:
     """Dense matrices: dequantized within the matrix kernel. Experts: only what is gathered is written out, and listed."""
     for profile in sidecar(built("int4", "rtx4090"))["profiles"]:
-        attention = {f"layers.{i}.self_attn.{x}_proj" for i in range(4) for x in "qkvo"}
-        shared = {f"layers.{i}.feed_forward.shared_expert.{x}_proj" for i in range(4) for x in ("gate", "up", "down")}
+        attention = {f"layers.{i}.self_attn{x}" for i in range(4) for x in ("", ".o_proj")}
+        shared = {f"layers.{i}.feed_forward.shared_expert{x}" for i in range(4) for x in ("", ".down_proj")}
         assert {name for name, kernel in products(profile).items() if "int4" in read(kernel)} == (
             attention | shared | {"lm_head"}
         )
