@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.text import DecoderLayer, Experts, Llama4Text
 from corral.runtime import LLM, SamplingParams
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
-from corral.runtime.session import Float32, Session, Step
+from corral.runtime.session import Caches, Float32, Session, Step
 from corral.spec.bundle import open_bundle
+from corral.spec.kv_layout import KvLayout
 from corral.spec.model_config import ModelConfig
 from corral.spec.recipe import Recipe
 from corral.spec.weight_plan import Source
@@ -40,6 +42,9 @@ class Recorder:
         self.session = session
         self.logits: list[Float32] = []
         self.seconds: list[float] = []
+
+    def new_caches(self, layouts: Sequence[KvLayout], max_context: int) -> Caches:
+        return self.session.new_caches(layouts, max_context)
 
     def run(self, step: Step) -> Float32:
         started = time.monotonic()

@@ -73,6 +73,9 @@ def _show(machine: Machine) -> None:
         "kernels": f"corral's own, for {machine.kernels}" if machine.kernels else "ONNX Runtime's only",
         "memory": f"{size(free)} free of {size(total)}" if total and free else "unknown",
         "disk": f"{size(machine.disk_free_bytes)} free here",
+        "gpu": f"{machine.gpu}, compute capability {machine.gpu_capability}"
+        if machine.gpu
+        else machine.gpu_problem.partition(". ")[0],
     }
     for key, value in lines.items():
         click.echo(f"   {key:<10}{value}")

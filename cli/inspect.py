@@ -28,9 +28,15 @@ if TYPE_CHECKING:
 )
 @click.option("--graph", "views", flag_value="graph", help="Which operators the graph is made of (needs onnx).")
 @click.option("--engine", "views", flag_value="engine", help="What is inside its engines: kernels, weights, memory.")
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    help="Write its engines as a page to this file: the whole inside.",
+)
 @click.option("--verify", is_flag=True, help="Hash every file first.")
 @json_option
-def command(bundle: Path, name: str | None, views: str | None, verify: bool, as_json: bool) -> None:
+def command(bundle: Path, name: str | None, views: str | None, page: Path | None, verify: bool, as_json: bool) -> None:
     """Show what a BUNDLE is, or the inside of one .engine file of it."""
     from corral.cli.progress import show_progress
     from corral.cli.tables import print_json
@@ -41,8 +47,15 @@ def command(bundle: Path, name: str | None, views: str | None, verify: bool, as_
         bundle, name, views = bundle.parent, bundle.name, "engine"
     elif name is not None and views != "plan":
         raise InputError(f'NAME ("{name}") belongs to --plan. Run `corral inspect {bundle} --plan "{name}"`.')
+    if page is not None:
+        if views not in (None, "engine"):
+            raise InputError(f"--html shows engines, and --{views} asks for something else. Leave one of them out.")
+        views = "engine"
     with show_progress() as progress:
         opened = open_bundle(bundle, verify=verify, progress=progress)
+    if page is not None:
+        _write_page(opened, name, page)
+        return
     data, show = VIEWS[views or "summary"](opened, name)
     if as_json:
         print_json(data)
@@ -50,6 +63,24 @@ def command(bundle: Path, name: str | None, views: str | None, verify: bool, as_
     show()
     if verify:
         click.echo(f"   every file is as the manifest says ({len(opened.manifest.files)} files)")
+
+
+def _write_page(bundle: Bundle, name: str | None, page: Path) -> None:
+    from corral.cli.engine_page import engine_page
+    from corral.cli.engine_report import read_sidecars
+    from corral.cli.formats import size
+    from corral.graphs.out_directory import write_file
+    from corral.spec.errors import EnvironmentProblem, InputError
+
+    html = engine_page(bundle, read_sidecars(bundle, name)).encode()
+    if page.is_dir() or not page.parent.is_dir():
+        found = "is a directory" if page.is_dir() else "lies in no such directory"
+        raise InputError(f"--html {page} {found}, expected the name of a file in a directory that is there.")
+    try:
+        write_file(page.parent, page.name, html)
+    except OSError as error:
+        raise EnvironmentProblem(f"{page} cannot be written: {error}. Choose another --html.") from None
+    click.echo(f"{page}: {size(len(html))}, complete by itself; open it in a browser")
 
 
 # What a view is: its JSON, and a function that prints it for a person.

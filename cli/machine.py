@@ -59,16 +59,20 @@ class Machine:
     conflicts: tuple[tuple[str, ...], ...]  # distributions that overwrite each other
     kernels: str | None = None  # the instruction set that corral's own CPU kernels use; None where they do not load
     kernels_problem: str | None = None  # why not, and the remedy
+    gpu: str = ""  # its name, where CUDA can use one
+    gpu_capability: str = ""  # "8.9"
+    gpu_problem: str = ""  # why none can be used
 
     def has(self, needed_by: str) -> bool:
         """Whether all packages that `needed_by` ("corral", "compile") asks for are there and new enough."""
         return all(package.ok for package in self.packages if package.needed_by == needed_by)
 
     def can_run(self, target: Target) -> bool:
-        versions = {package.name: package.installed for package in self.packages}
-        if target.engine:
-            return False  # this version of corral builds engines and does not run them
-        enough = all((found := versions.get(n)) and release(found) >= release(v) for n, v in target.requires)
+        if target.engine and self.gpu_capability not in target.capabilities:
+            return False
+        seen = {package.name: package.installed for package in self.packages}
+        versions = {name: seen.get(name, _version(name)) for name, _ in target.requires}
+        enough = all((found := versions[n]) and release(found) >= release(v) for n, v in target.requires)
         return enough and self.has("corral") and not self.conflicts
 
     @property
@@ -88,6 +92,7 @@ def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
     limits = [int(limit)] if limit.isdigit() else []
     found = set(flags[1].split()) if flags else set()
     kernels, kernels_problem = _kernels()
+    gpu, capability, problem = _gpu()
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -101,6 +106,9 @@ def look_around(root: Path = Path("/"), here: Path = Path()) -> Machine:
         conflicts=_conflicts({name for name in _installed() if name}),
         kernels=kernels,
         kernels_problem=kernels_problem,
+        gpu=gpu,
+        gpu_capability=capability,
+        gpu_problem=problem,
     )
 
 
@@ -124,6 +132,18 @@ def _can_build(engine: str) -> bool:
         return check_installed(engine).named_capabilities  # the other module needs the GPU that it builds for
     except EnvironmentProblem:
         return False
+
+
+def _gpu() -> tuple[str, str, str]:
+    """Name and compute capability of the GPU that engines would run on, or why there is none."""
+    from corral.runtime.cuda_device import CudaDevice
+    from corral.spec.errors import CorralError
+
+    try:
+        device = CudaDevice()
+    except CorralError as error:
+        return "", "", str(error)
+    return device.name, device.capability, ""
 
 
 def _packages() -> tuple[Package, ...]:

@@ -66,7 +66,7 @@ def lower(
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
     ranges = activation_ranges(checkpoint, recipe) if ranges is None else ranges
-    work = ModelAndPlan(model, plan, checkpoint.config, recipe, ranges, statistics)
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe, statistics, ranges)
     for phase in phases(recipe.lowering):
         run_phase(phase, work)
     return work

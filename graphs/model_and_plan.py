@@ -22,9 +22,9 @@ class ModelAndPlan:
     plan: WeightPlan
     config: ModelConfig
     recipe: Recipe
+    statistics: str = ""  # the key of what the recipe's calibration text shows, where its method wants to know
     # For quantized activations: a matrix's input, by the scope of its node -> the largest magnitude seen while calibrating.
     activation_ranges: Mapping[str, float] = field(default_factory=dict)
-    statistics: str = ""  # the key of what the recipe's calibration text shows, where its method wants to know
 
     @property
     def graph(self) -> ir.Graph:

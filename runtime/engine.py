@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from corral.runtime.kv_cache import KvCache
 from corral.runtime.request import Request
 from corral.runtime.scheduler import Decode, Prefill, Scheduler
-from corral.runtime.session import CacheView, Float32, Session, Step
+from corral.runtime.session import Caches, CacheView, Float32, Session, Step
 from corral.spec.kv_layout import KvLayout, split_at_chunks
 
 # Tokens read at a time: enough to fill the matrix units, little enough for activations to stay small.
@@ -41,7 +41,7 @@ class Engine:
         self._max_context = max_context
         self._chunk = next((layout.chunk for layout in layouts if layout.chunk), None)
         self._score_tokens = max(1, min(prefill_tokens, SCORE_LOGITS // vocab_size))
-        self._cache = KvCache(layouts, max_context)
+        self._cache = session.new_caches(layouts, max_context)
         self._scheduler = Scheduler(max_batch=max_batch, chunk=self._chunk, prefill_tokens=prefill_tokens)
         self._lock = threading.RLock()
 
@@ -85,7 +85,7 @@ class Engine:
 
     def score_pieces(self, token_ids: Sequence[int]) -> Iterator[Float32]:
         """Teacher-forced logits [n, vocab] of consecutive tokens, piece by piece, over caches of their own."""
-        cache = KvCache(self._layouts, self._max_context)
+        cache = self._session.new_caches(self._layouts, self._max_context)
         try:
             for start, count in split_at_chunks(0, len(token_ids), self._chunk, self._score_tokens):
                 with self._lock:
@@ -126,9 +126,9 @@ class Engine:
         self,
         tokens: Sequence[Sequence[int]],  # [B][S]
         positions: Sequence[int],  # [B], of each row's first new token
-        caches: CacheView,
+        caches: CacheView[Any],
         logit_rows_BR: np.ndarray[tuple[int, int], np.dtype[np.int64]],
-        cache: KvCache,
+        cache: Caches,
     ) -> Float32:
         embeddings = np.stack([self._embed(row) for row in tokens])
         steps = np.arange(embeddings.shape[1], dtype=np.int64)

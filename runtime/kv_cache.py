@@ -1,4 +1,4 @@
-"""The KV caches of all slots: per layer [slots, heads, rows, head dim], grown by doubling, shrunk when idle.
+"""KV caches in this process's memory: per layer [slots, heads, rows, head dim], grown by doubling, shrunk when idle.
 
 A slot is one sequence's place. Running sequences occupy slots 0 … n-1, so that a batch is a prefix of each array:
 contiguous, and bound to the graph without a copy. When a sequence leaves, the last one moves into the hole.
@@ -16,6 +16,11 @@ from corral.spec.kv_layout import KvLayout
 from corral.spec.model_config import KvClass
 
 FIRST_ROWS = 256
+
+
+def past_lengths(layouts: Sequence[KvLayout], positions: Sequence[int]) -> dict[KvClass, Int64]:
+    """Rows filled per KV class, [B] each, of sequences that hold `positions` tokens."""
+    return {layout.kv_class: np.array([layout.filled_rows(p) for p in positions], dtype=np.int64) for layout in layouts}
 
 
 class KvCache:
@@ -46,7 +51,7 @@ class KvCache:
         self._rows = {layout.kv_class: 0 for layout in self._layouts}
         self._keys: list[Cache] = []
         self._values: list[Cache] = []
-        self._views: dict[tuple[int, int], CacheView] = {}
+        self._views: dict[tuple[int, int], CacheView[Cache]] = {}
 
     def reserve(self, slots: int, tokens: int) -> None:
         """Make room for `slots` sequences of up to `tokens` tokens each; what is stored stays."""
@@ -65,11 +70,11 @@ class KvCache:
             ) from None
         self._slots, self._rows, self._keys, self._values, self._views = slots, rows, keys, values, {}
 
-    def slot(self, index: int) -> CacheView:
+    def slot(self, index: int) -> CacheView[Cache]:
         """The caches of one sequence, as a batch of one."""
         return self._view(index, index + 1)
 
-    def prefix(self, count: int) -> CacheView:
+    def prefix(self, count: int) -> CacheView[Cache]:
         """The caches of the first `count` slots."""
         return self._view(0, count)
 
@@ -90,11 +95,7 @@ class KvCache:
             array[index : index + 1] = 0
 
     def past_lengths(self, positions: Sequence[int]) -> dict[KvClass, Int64]:
-        """Rows filled per KV class, for sequences that hold `positions` tokens."""
-        return {
-            layout.kv_class: np.array([layout.filled_rows(p) for p in positions], dtype=np.int64)
-            for layout in self._layouts
-        }
+        return past_lengths(self._layouts, positions)
 
     def _grown(self, layout: KvLayout, tokens: int) -> int:
         now, needed = self._rows[layout.kv_class], layout.capacity(tokens)
@@ -118,7 +119,7 @@ class KvCache:
             grown.append(array)
         return grown
 
-    def _view(self, start: int, stop: int) -> CacheView:
+    def _view(self, start: int, stop: int) -> CacheView[Cache]:
         if (start, stop) not in self._views:
             self._views[start, stop] = CacheView(
                 keys=tuple(array[start:stop] for array in self._keys),

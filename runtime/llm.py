@@ -20,6 +20,7 @@ from corral.runtime.session import Float32, Session
 from corral.runtime.tokenizer import Tokenizer, open_tokenizer
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.errors import InputError
+from corral.spec.manifest import Manifest
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
 
@@ -57,23 +58,18 @@ class LLM:
                 f'{bundle.directory} is at stage "{bundle.manifest.stage}", expected "ready": it cannot run yet. '
                 f"{NEXT_STAGE[bundle.manifest.stage]}, or `corral compile` on the checkpoint."
             )
-        if bundle.manifest.engines and session is None:
-            raise InputError(
-                f"{bundle.directory} holds engines for target {bundle.manifest.recipe.target}; this version of corral "
-                "builds and inspects engines and does not run them yet. Compile the checkpoint with --target cpu to run it."
-            )
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise InputError(f"max_batch is {max_batch!r}, expected a whole number of at least 1.")
         self.bundle = bundle
-        self.max_context = _context(bundle.manifest.model, max_context)
+        self.max_context = _context(bundle.manifest, max_context)
         self.tokenizer = open_tokenizer(bundle)  # None: the bundle takes and gives token ids only
         self._engine = Engine(
-            session or OnnxRuntimeSession(bundle, provider=provider, threads=threads),
+            session or _open_session(bundle, provider, threads),
             EmbeddingTable(bundle),
             bundle.manifest.kv,
             vocab_size=bundle.manifest.model.vocab_size,
             max_context=self.max_context,
-            max_batch=max_batch,
+            max_batch=min(max_batch, bundle.manifest.recipe.max_batch) if bundle.manifest.engines else max_batch,
         )
 
     @property
@@ -203,12 +199,23 @@ class LLM:
         return tuple(ids.tolist())
 
 
-def _context(model: ModelConfig, max_context: int | None) -> int:
+def _open_session(bundle: Bundle, provider: str, threads: int | None) -> Session:
+    """What computes a bundle: the GPU that its engines are for, or ONNX Runtime (which `provider` and `threads` are for)."""
+    if bundle.manifest.engines:
+        from corral.runtime.tensorrt_session import TensorRTSession
+
+        return TensorRTSession(bundle)
+    return OnnxRuntimeSession(bundle, provider=provider, threads=threads)
+
+
+def _context(manifest: Manifest, max_context: int | None) -> int:
+    most, why = manifest.model.max_position_embeddings, "which the model was made for"
+    if manifest.engines and manifest.recipe.max_context < most:
+        most, why = manifest.recipe.max_context, "which its engines were built for (--max-context of `corral compile`)"
     if max_context is None:
-        return min(model.max_position_embeddings, DEFAULT_CONTEXT)
-    most = model.max_position_embeddings
+        return min(most, DEFAULT_CONTEXT)
     if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context <= most:
-        raise InputError(f"max_context is {max_context!r}, expected 1 to {most} tokens, which the model was made for.")
+        raise InputError(f"max_context is {max_context!r}, expected 1 to {most} tokens, {why}.")
     return max_context
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from corral.kernels import find_library
-from corral.runtime.session import CacheView, Float32, Step
+from corral.runtime.session import Cache, CacheView, Float32, Step
+from corral.runtime.stage_io import stage_io
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle
 from corral.spec.cpu_ops import LIBRARY
@@ -26,17 +27,16 @@ class OnnxRuntimeGraph:
 
     def __init__(self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool) -> None:
         model = bundle.manifest.model
-        self._layers = range(record.first_layer, record.end_layer)
-        self._classes = {model.layers[i].kv_class for i in self._layers}
-        self._first, self._last = record.first_layer == 0, record.end_layer == model.num_layers
+        self._io = stage_io(model, record)
         self._vocab_size = model.vocab_size
         # ONNX Runtime looks for external data beside the real file, and refuses symbolic links to it.
         self._where = str(bundle.path(record.path).resolve())
         self._ort = import_onnxruntime()
         self._session = self._open(provider, threads, mapped, kernels=LIBRARY in bundle.manifest.requires)
-        self._check_names()
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self._io.check(self._where, [value.name for value in inputs], [value.name for value in outputs])
         self._binding: Any = None
-        self._bound: CacheView | None = None
+        self._bound: CacheView[Cache] | None = None
 
     def run(self, step: Step, hidden_BSH: Float32) -> Float32:
         """Put `hidden_BSH`, rows of the embedding table or what the stage before gave, through these layers.
@@ -47,18 +47,18 @@ class OnnxRuntimeGraph:
             self._bind_caches(step.caches)
         # OrtValues point at these arrays, so they must live until the run is over.
         inputs: dict[str, np.ndarray[Any, Any]] = {
-            graph_io.EMBEDDINGS if self._first else graph_io.HIDDEN: hidden_BSH,
+            self._io.source: hidden_BSH,
             graph_io.POSITIONS: step.positions_BS,
-            **{graph_io.past_length(kv_class): step.past_length_B[kv_class] for kv_class in self._classes},
+            **{graph_io.past_length(kv_class): step.past_length_B[kv_class] for kv_class in self._io.kv_classes},
         }
         output = np.empty(hidden_BSH.shape, np.float32)
-        if self._last:
+        if self._io.last:
             inputs[graph_io.LOGIT_ROWS] = step.logit_rows_BR
             output = np.empty((*step.logit_rows_BR.shape, self._vocab_size), np.float32)
         try:
             for name, array in inputs.items():
                 self._binding.bind_ortvalue_input(name, self._ort_value(array))
-            self._binding.bind_ortvalue_output(self._output_name, self._ort_value(output))
+            self._binding.bind_ortvalue_output(self._io.result, self._ort_value(output))
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise self._run_error(error) from None
@@ -68,13 +68,9 @@ class OnnxRuntimeGraph:
         """Let go of the caches of the last step, so that their memory can be freed."""
         self._binding = self._bound = None
 
-    @property
-    def _output_name(self) -> str:
-        return graph_io.LOGITS if self._last else graph_io.NEXT_HIDDEN
-
-    def _bind_caches(self, caches: CacheView) -> None:
+    def _bind_caches(self, caches: CacheView[Cache]) -> None:
         self._binding, self._bound = self._session.io_binding(), caches
-        for layer in self._layers:
+        for layer in self._io.layers:
             key, value = self._ort_value(caches.keys[layer]), self._ort_value(caches.values[layer])
             self._binding.bind_ortvalue_input(graph_io.past_key(layer), key)
             self._binding.bind_ortvalue_output(graph_io.present_key(layer), key)
@@ -92,7 +88,8 @@ class OnnxRuntimeGraph:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         # Otherwise one stage's threads go on spinning while the next one's work.
-        options.add_session_config_entry("session.force_spinning_stop", "0" if self._first and self._last else "1")
+        one_stage = self._io.first and self._io.last
+        options.add_session_config_entry("session.force_spinning_stop", "0" if one_stage else "1")
         if kernels:
             self._register(options)
         # Where a graph dequantizes weights itself (`portable`), its products stay in float32: by default ONNX Runtime
@@ -121,23 +118,6 @@ class OnnxRuntimeGraph:
                 f"ONNX Runtime {self._ort.__version__} cannot use corral's CPU kernels ({library.path}): "
                 f"{_first_line(error)} Compile the checkpoint with `--kernels stock`."
             ) from None
-
-    def _check_names(self) -> None:
-        inputs = {graph_io.EMBEDDINGS if self._first else graph_io.HIDDEN, graph_io.POSITIONS}
-        inputs |= {graph_io.LOGIT_ROWS} if self._last else set()
-        inputs |= {graph_io.past_length(kv_class) for kv_class in self._classes}
-        inputs |= {name(i) for i in self._layers for name in (graph_io.past_key, graph_io.past_value)}
-        outputs = {self._output_name}
-        outputs |= {name(i) for i in self._layers for name in (graph_io.present_key, graph_io.present_value)}
-        for kind, expected, found in (
-            ("inputs", inputs, {value.name for value in self._session.get_inputs()}),
-            ("outputs", outputs, {value.name for value in self._session.get_outputs()}),
-        ):
-            if expected != found:
-                raise InputError(
-                    f"{self._where} has other {kind} than its manifest implies: lacks {sorted(expected - found)}, "
-                    f"has also {sorted(found - expected)}. Compile the checkpoint again."
-                )
 
     def _run_error(self, error: Exception) -> CorralError:
         if _out_of_memory(error):

@@ -9,13 +9,17 @@ are always mapped, at no cost.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
+from corral.runtime.kv_cache import KvCache
 from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph
 from corral.runtime.requirements import check_requirements
 from corral.runtime.session import Float32, Step
+from corral.runtime.stage_io import check_stages
 from corral.spec.bundle import Bundle
 from corral.spec.cpu_ops import LIBRARY
 from corral.spec.errors import InputError
+from corral.spec.kv_layout import KvLayout
 from corral.spec.machine import usable_cores, usable_memory
 
 log = logging.getLogger(__name__)
@@ -33,13 +37,16 @@ class OnnxRuntimeSession:
             raise InputError(f"provider is {provider!r}, expected one of {', '.join(PROVIDERS)}.")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads is {threads!r}, expected a whole number of at least 1.")
-        _check_stages(bundle)
+        check_stages(bundle)
         # corral's own kernels copy no weights: they read them where the file is mapped.
         mapped = LIBRARY not in bundle.manifest.requires and not _fits(bundle)
         self._graphs = [
             OnnxRuntimeGraph(bundle, record, provider=provider, threads=threads or usable_cores(), mapped=mapped)
             for record in bundle.manifest.graphs
         ]
+
+    def new_caches(self, layouts: Sequence[KvLayout], max_context: int) -> KvCache:
+        return KvCache(layouts, max_context)
 
     def run(self, step: Step) -> Float32:
         hidden = step.embeddings_BSH
@@ -50,19 +57,6 @@ class OnnxRuntimeSession:
     def release(self) -> None:
         for graph in self._graphs:
             graph.release()
-
-
-def _check_stages(bundle: Bundle) -> None:
-    graphs, layers = bundle.manifest.graphs, bundle.manifest.model.num_layers
-    edges = [0, *(graph.end_layer for graph in graphs)]
-    follow = [graph.first_layer for graph in graphs] == edges[:-1] and edges == sorted(set(edges))
-    if follow and edges[-1] == layers:
-        return
-    ranges = ", ".join(f"{graph.first_layer}-{graph.end_layer}" for graph in graphs) or "none"
-    raise InputError(
-        f"{bundle.directory} has graphs for layers {ranges}; expected ranges that follow each other from 0 to "
-        f"{layers}. Compile the checkpoint again."
-    )
 
 
 def _fits(bundle: Bundle) -> bool:

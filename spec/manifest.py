@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from corral.spec.errors import InputError
 from corral.spec.kv_layout import KvLayout
 from corral.spec.model_config import ModelConfig
+from corral.spec.read_record import read_record
 from corral.spec.recipe import Recipe
 from corral.spec.unfinished import read_journal
 
@@ -162,7 +161,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} is of bundle format {data.get('format')!r}; this corral reads {FORMAT_MAJOR}.x. "
             "Compile the checkpoint again, or install the corral version that made it."
         )
-    manifest = _read(Manifest, data, str(path))
+    manifest = read_record(Manifest, data, str(path))
     for record in manifest.files:
         inside_path(record.path, path)
     listed = {record.path for record in manifest.files}
@@ -184,40 +183,3 @@ def inside_path(name: str, manifest: Path) -> PurePosixPath:
             f"{manifest} names the file {name!r}, which is outside the bundle; such a bundle is not opened."
         )
     return path
-
-
-def _read(kind: Any, data: Any, where: str) -> Any:
-    """Build the (nested) dataclass or container `kind` of JSON `data`, checking every type on the way."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if data is None and type(None) in arguments:
-            return None
-        return _read(next(a for a in arguments if a is not type(None)), data, where)
-    if kind is Recipe and isinstance(data, dict):
-        return Recipe.from_json(data, where=where)
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, data, where)
-    if origin is tuple and isinstance(data, list):
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-    if origin is dict and isinstance(data, dict):
-        return {key: _read(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
-    if origin is typing.Literal and data in arguments:
-        return data
-    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
-        return float(data)
-    if isinstance(kind, type) and type(data) is kind and not (isinstance(data, int) and data < 0):
-        return data
-    raise InputError(
-        f"{where} is {str(data)[:80]!r}, expected {getattr(kind, '__name__', kind)}: the manifest is damaged."
-    )
-
-
-def _read_dataclass(kind: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise InputError(f"{where} is {str(data)[:80]!r}, expected an object: the manifest is damaged.")
-    hints = typing.get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(required - data.keys()):
-        raise InputError(f"{where} lacks {', '.join(missing)}: the manifest is damaged.")
-    # Unknown keys are kept out rather than refused: a newer minor version may add some.
-    return kind(**{name: _read(hints[name], data[name], f"{where}: {name}") for name in hints if name in data})

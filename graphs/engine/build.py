@@ -20,10 +20,10 @@ from typing import Any
 from corral.graphs.engine.fp8_products import check_fp8_products, fp8_products
 from corral.graphs.engine.profiles import Profile
 from corral.graphs.engine.schedule import Kernel, Operand, Schedule, read_schedules, weight_bytes
-from corral.graphs.engine.tensorrt_module import FLAVORS
 from corral.graphs.engine.worker import Built, EngineJob
 from corral.spec.errors import CheckFailed, EnvironmentProblem
 from corral.spec.machine import usable_memory
+from corral.spec.tensorrt_flavors import FLAVORS
 
 PARTIAL = ".partial"
 # How far an engine's weights may be from what their bits say: a share of them, and bytes that lie around any weights.

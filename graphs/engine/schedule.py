@@ -79,8 +79,8 @@ class Kernel:
     name: str
     kind: str
     layers: tuple[str, ...]  # the ONNX nodes fused into it
-    reads: tuple[Operand, ...]
-    writes: tuple[Operand, ...]
+    reads: tuple[Operand, ...] = ()
+    writes: tuple[Operand, ...] = ()
 
 
 @dataclass(frozen=True)

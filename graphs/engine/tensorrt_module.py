@@ -1,7 +1,4 @@
-"""The seam: `tensorrt` or `tensorrt_rtx`, and in one table all that differs between them.
-
-Both modules have the same Builder, OnnxParser, profiles and engines; everything above this file is written once.
-"""
+"""The module that builds, `tensorrt` or `tensorrt_rtx`, checked and imported; `spec.tensorrt_flavors` has their differences."""
 
 from __future__ import annotations
 
@@ -11,50 +8,7 @@ from importlib import metadata
 from types import ModuleType
 
 from corral.spec.errors import EnvironmentProblem
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flavor:
-    """One of the two modules. `version` is the one corral was written against; the first two numbers must agree."""
-
-    module: str
-    distribution: str
-    version: str
-    named_capabilities: bool  # builds for compute capabilities that are named; otherwise for the GPU that is there
-    plugins: bool  # takes kernels of others
-    engine_validity: bool  # can say whether an engine runs on this device without opening it
-    runtime_cache: bool  # finishes compiling kernels where the engine runs, and can keep the result
-    text_schedule: bool  # an engine holds its schedule as text (undocumented; read only for this version)
-    executed: bool  # whether corral's own tests run this module
-
-
-FLAVORS = {
-    flavor.module: flavor
-    for flavor in (
-        Flavor(
-            module="tensorrt_rtx",
-            distribution="tensorrt-rtx-cu13",
-            version="1.7.1.116",
-            named_capabilities=True,
-            plugins=False,
-            engine_validity=True,
-            runtime_cache=True,
-            text_schedule=True,
-            executed=True,
-        ),
-        Flavor(
-            module="tensorrt",
-            distribution="tensorrt",
-            version="11.0",
-            named_capabilities=False,
-            plugins=True,
-            engine_validity=False,
-            runtime_cache=False,
-            text_schedule=False,
-            executed=False,
-        ),
-    )
-}
+from corral.spec.tensorrt_flavors import FLAVORS, Flavor
 
 
 @dataclass(frozen=True)
@@ -73,7 +27,7 @@ class TensorRT:
 def check_installed(name: str) -> Flavor:
     """The flavor called `name`. Raises EnvironmentProblem unless its package is there in a version that fits."""
     flavor = FLAVORS[name]
-    remedy = f'Run `pip install "{flavor.distribution}=={flavor.version}"`.'
+    remedy = f"Run `{flavor.pip()}`."
     found = installed_version(flavor)
     if found is None:
         raise EnvironmentProblem(f"the package {flavor.distribution} is not installed; engines need it. {remedy}")

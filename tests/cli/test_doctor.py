@@ -40,8 +40,10 @@ def test_this_machine_can_do_everything(corral: Corral) -> None:
     data = json.loads(corral("doctor", "--json").stdout)
     assert data["problems"] == []
     assert all(can["compile"] for can in data["targets"].values())
-    engines = {name for name, target in TARGETS.items() if target.engine}
-    assert {name for name, can in data["targets"].items() if not can["run"]} == engines  # built here, run nowhere yet
+    fit = {name for name, t in TARGETS.items() if not t.engine or data["gpu_capability"] in t.capabilities}
+    assert {name for name, can in data["targets"].items() if can["run"]} <= fit
+    assert {"portable", "cpu"} <= {name for name, can in data["targets"].items() if can["run"]}
+    assert bool(data["gpu"]) != bool(data["gpu_problem"])
     assert [name for name, can in data["targets"].items() if can["build"]] == ["tensorrt-rtx"]
     assert {"numpy", "onnxruntime", "torch"} <= {package["name"] for package in data["packages"]}
     assert data["memory_bytes"] > data["memory_free_bytes"] > 0
@@ -79,6 +81,14 @@ def test_without_torch_bundles_run_and_nothing_is_broken(corral: Corral, monkeyp
     can = compile_targets(machine)
     assert not any(here["compile"] or here["build"] for here in can.values())
     assert all(here["run"] for name, here in can.items() if not TARGETS[name].engine)
+
+
+def test_engines_run_where_the_gpu_is_one_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_module, "_version", {"tensorrt-rtx-cu13": "1.7.1.116", "tensorrt": None}.get)
+    ada = dataclasses.replace(GOOD, gpu="RTX 4090", gpu_capability="8.9")
+    hopper = dataclasses.replace(GOOD, gpu="H200", gpu_capability="9.0")
+    assert [compile_targets(machine)["tensorrt-rtx"]["run"] for machine in (ada, hopper, GOOD)] == [True, False, False]
+    assert not compile_targets(hopper)["tensorrt"]["run"]  # its package is missing
 
 
 def test_facts_come_from_proc_and_a_containers_limit_counts(tmp_path: Path) -> None:

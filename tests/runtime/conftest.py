@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from corral.runtime.embedding import STORED
+from corral.runtime.kv_cache import KvCache
 from corral.runtime.session import Step
 from corral.spec.kv_layout import kv_layouts
 from corral.spec.manifest import FileRecord, GraphRecord, Manifest, TensorRecord
@@ -105,6 +106,9 @@ class TorchSession:
             for past, present in zip(keys + values, new_keys + new_values, strict=True):
                 past.copy_(present)
         return logits.numpy()
+
+    def new_caches(self, layouts: Any, max_context: int) -> KvCache:
+        return KvCache(layouts, max_context)
 
     def release(self) -> None:
         pass

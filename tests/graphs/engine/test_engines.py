@@ -20,10 +20,11 @@ from corral.graphs.engine.build import build_engine
 from corral.graphs.engine.engines import build_engines
 from corral.graphs.engine.profiles import Profile, profiles_for
 from corral.graphs.engine.schedule import Kernel, Schedule
-from corral.graphs.engine.tensorrt_module import FLAVORS, check_installed
+from corral.graphs.engine.tensorrt_module import check_installed
 from corral.spec.bundle import open_bundle
 from corral.spec.errors import CheckFailed, EnvironmentProblem, InputError
 from corral.spec.recipe import Recipe
+from corral.spec.tensorrt_flavors import FLAVORS
 
 pytest.importorskip("tensorrt_rtx")
 

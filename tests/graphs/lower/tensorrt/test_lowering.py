@@ -112,7 +112,7 @@ def one_step(
     cache: KvCache,
     tokens: list[int],
     at: list[int],
-    view: CacheView,
+    view: CacheView[Any],
 ) -> np.ndarray:
     """Logits [batch, vocab] of one decode step, row b at position `at[b]`."""
     step = Step(
