@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -37,10 +37,12 @@ from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
 from corral.runtime import LLM
+from corral.runtime.kv_cache import KvCache
 from corral.runtime.session import Step
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.errors import EnvironmentProblem, InputError
+from corral.spec.kv_layout import KvLayout
 from corral.spec.recipe import Recipe
 
 DEMO = Path(__file__).parents[4] / "demo" / "demo-scout"
@@ -84,6 +86,9 @@ class Recording:
         self._session = ort.InferenceSession(str(where), options, providers=["CPUExecutionProvider"])
         where.unlink()
         self.steps: list[dict[str, np.ndarray]] = []
+
+    def new_caches(self, layouts: Sequence[KvLayout], max_context: int) -> KvCache:
+        return KvCache(layouts, max_context)
 
     def run(self, step: Step) -> np.ndarray:
         caches = {graph_io.past_key(i): (graph_io.present_key(i), a) for i, a in enumerate(step.caches.keys)}
