@@ -19,6 +19,7 @@ from onnx_ir import tape
 from corral.exporter.ops.attention import NOPE, ROPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.spec import graph_io
 
 
 def lower_attention(work: ModelAndPlan) -> bool:
@@ -77,14 +78,18 @@ def _rotate_and_norm(
 
 def _visible_rows(build: tape.Tape, work: ModelAndPlan, node: ir.Node) -> ir.Value:
     """visible [B, 1, S, C]: cache row c <= past_length[b] + s."""
-    query, past_key, past_length = node.inputs[0], node.inputs[3], node.inputs[5]
+    past_key, past_length = node.inputs[3], node.inputs[5]
+    assert past_key is not None and past_key.shape is not None
+    rows = past_key.shape[2]
+    if not isinstance(rows, int):
+        raise PatternAbsent(f"the cache {past_key.name} has no fixed number of rows: run fix_capacity before")
+    capacity = work.constant(ir.tensor(np.array(rows), name=f"capacity_{rows}"))
+    # Tokens are counted by positions, not by anything made of embeddings: a later stage computes the mask anew.
+    positions = next(value for value in work.graph.inputs if value.name == graph_io.POSITIONS)
     zero, one = (work.constant(ir.tensor(np.array(i), name=name)) for i, name in ((0, "zero"), (1, "one")))
     column = work.constant(ir.tensor(np.array([1]), name="one_axis"))
     front = work.constant(ir.tensor(np.array([1, 2, 3]), name="front_axes"))
-    tokens, capacity = (
-        build.op("Squeeze", [build.op("Shape", [x], {"start": axis, "end": axis + 1})])
-        for x, axis in ((query, 1), (past_key, 2))
-    )
+    tokens = build.op("Squeeze", [build.op("Shape", [positions], {"start": 1, "end": 2})])
     token = build.op("Unsqueeze", [build.op("Range", [zero, tokens, one]), column])
     own_row = build.op("Add", [build.op("Unsqueeze", [past_length, front]), token])
     return build.op("LessOrEqual", [build.op("Range", [zero, capacity, one]), own_row])
