@@ -133,11 +133,19 @@ class Gguf:
         found = ctypes.cast(self._llama.llama_get_logits(self._context), ctypes.POINTER(ctypes.c_float * size)).contents
         return np.frombuffer(found, np.float32).reshape(len(token_ids), -1).copy()
 
-    def encode(self, text: str) -> list[int]:
-        llama, raw = self._llama, text.encode()
-        out = (llama.llama_token * (len(raw) + 8))()
-        vocab = llama.llama_model_get_vocab(self._model)
-        return list(out[: llama.llama_tokenize(vocab, raw, len(raw), out, len(out), False, False)])
+    def greedy(self, sequences: int) -> list[int]:
+        """The likeliest next token of each sequence of the last step."""
+        return [int(token) for token in self._rows(sequences).argmax(-1)]
+
+    def _rows(self, count: int) -> NDArray[np.float32]:
+        logits = self._llama.llama_get_logits(self._context)
+        numbers = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * (count * self.vocab_size))).contents
+        return np.frombuffer(numbers, np.float32).reshape(count, self.vocab_size)
+
+    def close(self) -> None:
+        self._llama.llama_batch_free(self._batch)
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)
 
 
 def build(directory: Path) -> Peer:
