@@ -8,7 +8,6 @@ bfloat16, and llama.cpp's own tool quantizes them.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from numpy.typing import NDArray
 from corral.graphs import compile
 from corral.model.checkpoint import open_checkpoint
 from corral.model.checkpoint.checkpoint import Checkpoint
-from corral.model.checkpoint.names import EMBEDDING, HEAD
+from corral.model.checkpoint.names import EMBEDDING, HEAD, expected_parameters
 from corral.model.checkpoint.synthetic import open_synthetic
+from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.model_config import ModelConfig
 from corral.spec.presets import SCALED_ROPE, Preset
 from corral.spec.recipe import Recipe
@@ -100,12 +100,32 @@ def gguf_of(checkpoint: str, directory: Path, peer: Peer, kind: str) -> Path:
     return out
 
 
+def touched_bytes(bundle: Bundle) -> int:
+    """Bytes of weights that one token reads: of the experts the chosen ones, of the embedding a row."""
+    model, total = bundle.manifest.model, 0.0
+    for record in bundle.manifest.coverage:
+        share = {"experts": model.num_experts_per_tok / max(model.num_local_experts, 1), "embedding": 0}
+        total += record.bytes * share.get(record.kind, 1)
+    return int(total)
+
+
+def gguf_bytes_per_token(path: Path, peer: Peer) -> int:
+    """The same of a GGUF file."""
+    gguf = peer.gguf()
+    reader = gguf.GGUFReader(path)
+    experts, used = (int(reader.fields[f"llama4.{key}"].contents()) for key in ("expert_count", "expert_used_count"))
+    shares = {"token_embd.weight": 0.0, "exps.weight": used / experts}
+    return int(
+        sum(
+            tensor.n_bytes * next((s for end, s in shares.items() if tensor.name.endswith(end)), 1.0)
+            for tensor in reader.tensors
+        )
+    )
+
+
 def write_gguf(checkpoint: Checkpoint, out: Path, peer: Peer) -> None:
     """Write a decoder as GGUF in bfloat16, a tensor at a time: at most one layer's experts are in memory."""
-    sys.path.append(str(peer.sources / "vendor/llama.cpp/gguf-py"))
-    import gguf
-
-    config = checkpoint.config
+    gguf, config = peer.gguf(), checkpoint.config
     writer = gguf.GGUFWriter(str(out.with_suffix(".part")), "llama4")
     _write_config(writer, config, gguf)
     tensors = list(_names(config))
@@ -130,8 +150,8 @@ def _write_config(writer: Any, config: ModelConfig, gguf: Any) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size_mlp)
     writer.add_expert_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -148,8 +168,6 @@ def _write_config(writer: Any, config: ModelConfig, gguf: Any) -> None:
 
 def _names(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """GGUF's name, shape and our parameter, of every tensor."""
-    from corral.model.checkpoint.names import expected_parameters
-
     for parameter, shape in expected_parameters(config).items():
         layer, own = "", parameter
         if parameter.startswith("layers."):
@@ -183,3 +201,47 @@ def _bits(checkpoint: Checkpoint, name: str, parameter: str) -> NDArray[np.uint1
     for expert in range(experts):
         whole[expert] = read(Source(tensor, rows, (0, inputs), index=expert, transposed=True))
     return whole
+
+
+def experts_visited(bundle: Path) -> tuple[int, int] | None:
+    """(fewest experts that 512 random tokens visit in a layer, all experts); None without experts."""
+    import onnx
+
+    manifest = open_bundle(bundle, verify=False).manifest
+    experts = manifest.model.num_local_experts
+    graph = bundle / manifest.graphs[0].path
+    model = onnx.load(graph, load_external_data=False)
+    routers = [node.output[0] for node in model.graph.node if node.op_type == "MatMul" and "router" in node.name]
+    if not routers:
+        return None
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in routers)
+    changed = graph.with_name("routers.onnx")
+    onnx.save(model, changed)
+    try:
+        logits = _first_stage(changed, manifest, bundle)
+    finally:
+        changed.unlink()
+    return min(len(set(values.reshape(-1, experts).argmax(-1).tolist())) for values in logits), experts
+
+
+def _first_stage(graph: Path, manifest: Any, bundle: Path) -> list[Any]:
+    import onnxruntime
+
+    from corral.runtime.embedding import EmbeddingTable
+
+    tokens = min([512, *(layout.chunk for layout in manifest.kv if layout.chunk)])
+    ids = np.random.default_rng(1).integers(0, manifest.model.vocab_size, tokens)
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    feeds: dict[str, Any] = {
+        "embeddings": EmbeddingTable(open_bundle(bundle, verify=False))(ids)[None],
+        "positions": np.arange(tokens)[None],
+        "logit_rows": np.array([[tokens - 1]]),
+    }
+    for layout in manifest.kv:
+        shape = (1, layout.num_heads, layout.capacity(tokens), layout.head_dim)
+        feeds[f"past_length.{layout.kv_class}"] = np.zeros(1, np.int64)
+        for layer in layout.layers:
+            feeds |= {f"past_{part}.{layer}": np.zeros(shape, np.float32) for part in ("key", "value")}
+    wanted = {value.name for value in session.get_inputs()}
+    return session.run(None, {name: value for name, value in feeds.items() if name in wanted})

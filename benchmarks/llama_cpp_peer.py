@@ -72,6 +72,15 @@ class Peer:
         _run(self.binaries / "llama-quantize", *(("--imatrix", imatrix) if imatrix else ()), model, out, kind)
         return out
 
+    def gguf(self) -> Any:
+        """Its own package that reads and writes GGUF files."""
+        path = str(self.sources / "vendor/llama.cpp/gguf-py")
+        if path not in sys.path:
+            sys.path.append(path)
+        import gguf
+
+        return gguf
+
     def bindings(self) -> Any:
         """llama-cpp-python's module of the C interface, over the library built here."""
         os.environ["LLAMA_CPP_LIB_PATH"] = str(self.binaries)
