@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,16 @@ def test_inspect_graph_counts_operators_by_domain(corral: Corral, bundle: Path) 
     [graph] = json.loads(corral("inspect", bundle, "--graph", "--json").stdout)
     assert graph["operators"]["com.microsoft::QMoE"] == 5
     assert "QMoE" in corral("inspect", bundle, "--graph").stdout
+
+
+def test_inspect_inputs_asks_for_polygraphy_and_a_file(
+    corral: Corral, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "step.json"
+    assert "Leave the other options out" in corral("inspect", bundle, "--files", "--inputs", out, code=2).stderr
+    monkeypatch.setitem(sys.modules, "polygraphy.json", None)
+    assert 'Run `pip install "corral[polygraphy]"`' in corral("inspect", bundle, "--inputs", out, code=3).stderr
+    assert list(tmp_path.glob("step*")) == []
 
 
 def test_inspect_coverage_and_files_add_up(corral: Corral, bundle: Path) -> None:
