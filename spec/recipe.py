@@ -108,7 +108,8 @@ class Recipe:
         changes = rule.changes()
         if "weights" in changes and not scheme_named(changes["weights"]).is_quantized:
             changes["method"] = "rtn"  # which is no method: nothing is rounded
-        return dataclasses.replace(self, rules=(), **changes)
+        # Which kernels there are for a matrix of another scheme is the lowering's concern.
+        return dataclasses.replace(self, rules=(), **{"kernels": "stock", **changes})
 
     @property
     def methods(self) -> frozenset[str]:
