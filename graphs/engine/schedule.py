@@ -11,13 +11,15 @@ import math
 import mmap
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 TEXT = re.compile(rb"[\t\n\r\x20-\x7e]{32,}")
 # Each schedule begins so; those within a kernel that is fused where the engine runs have no memory of a user's.
-SCHEDULE = re.compile(rb"\n  n_accelerators = ")
+SCHEDULE = b"\n  n_accelerators = "
+GAP = 4096  # bytes; between two texts of a schedule there are fewer
 HEAD_END = b"\ndescriptors {"
 KERNEL = re.compile(
     rb"\n\s*(?P<kind>function|fully_connected|runtime_fusion)=\{ name=\"?(?P<name>[^\s\"]+)\"? [^\n]*?\n?"
@@ -78,26 +80,39 @@ class Schedule:
 
 def read_schedules(engine: Path) -> list[Schedule]:
     """The schedules of an engine, in its profiles' order; empty where its text is not as expected."""
-    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        starts = [match.start() for match in SCHEDULE.finditer(plan)]
-        ends = [*starts[1:], _text_end(plan, starts[-1])] if starts else []
-        sections = [plan[start:end] for start, end in zip(starts, ends, strict=True)]
+    with _mapped(engine) as plan:
+        sections = [plan[start:end] for start, end in _sections(plan)]
     return [_schedule(section) for section in sections if REGION.search(section[: section.find(HEAD_END)])]
 
 
 def weight_bytes(engine: Path) -> int:
     """Bytes of an engine that are not its schedules' text: its weights and very little else."""
+    with _mapped(engine) as plan:
+        return len(plan) - sum(end - start for start, end in _sections(plan))
+
+
+@contextmanager
+def _mapped(engine: Path) -> Iterator[mmap.mmap]:
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        return len(plan) - sum(match.end() - match.start() for match in TEXT.finditer(plan))
+        yield plan
+
+
+def _sections(plan: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Where the schedules lie, each to the next one's begin or to the end of text: weights follow, and they are large."""
+    start, end = plan.find(SCHEDULE), 0
+    while start >= 0:
+        if start >= end:
+            end = _text_end(plan, start)
+        following = plan.find(SCHEDULE, start + 1, end)
+        yield start, end if following < 0 else following
+        start = following if following >= 0 else plan.find(SCHEDULE, end)
 
 
 def _text_end(plan: mmap.mmap, start: int) -> int:
-    """Where the last schedule ends: weights follow, and they are large."""
+    """Where text ends that has no gap of more than GAP bytes. Looks no further: weights are many GB of anything."""
     end = start
-    for match in TEXT.finditer(plan, start):
-        if match.start() - end > 4096:
-            break
-        end = match.end()
+    while (match := TEXT.search(plan[end : end + 2 * GAP])) is not None and match.start() <= GAP:
+        end += match.end()
     return end
 
 
