@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def build_key(bundle: Bundle, graph: str, settings: EngineSettings) -> str:
 
 def find_finished(
     bundle: Bundle, engine: str, sidecar: str, key: str, progress: Progress
-) -> tuple[Mapping[str, Any], FileRecord] | None:
+) -> tuple[dict[str, Any], FileRecord] | None:
     """The sidecar and the file of an engine that was built as `key` says and is whole; None where there is none."""
     about = _read(bundle.path(sidecar))
     if about.get(KEY) != key or not bundle.path(engine).is_file():
@@ -47,7 +46,7 @@ def find_finished(
     return (about, file) if file.sha256 == about.get(DIGEST) else None
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """A sidecar; {} where it is missing or is none."""
     try:
         about = json.loads(path.read_bytes())
