@@ -32,7 +32,7 @@ from corral.graphs.out_directory import (
 )
 from corral.graphs.split_stages import place_weights, split_stages, whole_graph
 from corral.model.checkpoint.checkpoint import Checkpoint
-from corral.model.checkpoint.identity import checkpoint_identity
+from corral.model.checkpoint.identity import checkpoint_identity, last_change
 from corral.spec.bundle import Bundle, remember_verified
 from corral.spec.errors import EnvironmentProblem
 from corral.spec.kv_layout import stored_kv_layouts
@@ -139,6 +139,12 @@ def _check_disk_space(shards: Shards) -> None:
             f"{shards.directory} needs {needed / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free. "
             "Make room, or choose another -o."
         )
+
+
+def made_of(bundle: Bundle, checkpoint: Checkpoint) -> bool:
+    """Whether a bundle was made of `checkpoint`: by its provenance, and no file of weights is newer than the bundle."""
+    written = (bundle.directory / MANIFEST_NAME).stat().st_mtime_ns
+    return bundle.manifest.source == _provenance(checkpoint, "ready") and last_change(checkpoint) < written
 
 
 def _provenance(checkpoint: Checkpoint, stage: Stage) -> dict[str, str]:

@@ -82,7 +82,6 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"rules": [{"matrices": "*", "method": "awq"}]}, "method awq scales inputs that matrices share"),
         ({"method": "awq", "rules": [{"matrices": "*", "weights": "fp32"}]}, "method awq scales inputs"),
         ({"target": "tensorrt", "rules": [{"matrices": "*"}]}, "target tensorrt takes no rules"),
-        ({"kernels": "corral", "rules": [{"matrices": "*", "weights": "int8"}]}, r'rule for "\*": kernels "corral"'),
         ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
     ],
     ids=str,
