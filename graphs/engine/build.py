@@ -17,19 +17,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from corral.graphs.engine.fp8_products import check_fp8_products, fp8_products
 from corral.graphs.engine.profiles import Profile
-from corral.graphs.engine.schedule import Schedule, read_schedules, weight_bytes
+from corral.graphs.engine.schedule import Kernel, Operand, Schedule, read_schedules, weight_bytes
 from corral.graphs.engine.worker import Built, EngineJob
 from corral.spec.errors import CheckFailed, EnvironmentProblem
 from corral.spec.machine import usable_memory
 from corral.spec.tensorrt_flavors import FLAVORS
+from corral.spec.user_cache import user_cache
 
 PARTIAL = ".partial"
 # How far an engine's weights may be from what their bits say: a share of them, and bytes that lie around any weights.
 TOLERANCE, AROUND_BYTES = 0.15, 1 << 20
 # Peak memory of a build, measured: up to three times the weights, and the builder itself.
 MEMORY_FACTOR, MEMORY_BYTES = 3, 1 << 30
-QUANTIZED = {"INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8"}  # ONNX's types -> the schedule's
+FLOATS = ("float", "half", "bfloat16")
+QUANTIZED = {"INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8_e4m3"}  # ONNX's types -> the schedule's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """All but the graph and its weights that decides an engine's bytes."""
+
+    module: str
+    capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    weight_streaming: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,42 +56,45 @@ class Engine:
     expected_bytes: int  # of the weights' bits
 
 
-def build_engine(
-    graph: Path, name: str, *, module: str, capabilities: Sequence[str], profiles: Sequence[Profile]
-) -> Engine:
-    """Build the engine `name` of an ONNX file, beside it, for some compute capabilities.
+def build_engine(graph: Path, name: str, settings: EngineSettings) -> Engine:
+    """Build the engine `name` of an ONNX file, beside it.
 
     Raises CheckFailed where the builder refuses the graph or stores a quantized weight as float, EnvironmentProblem
     where memory does not suffice or the builder is killed.
     """
-    inputs, stored = _read_graph(graph)
+    flavor = FLAVORS[settings.module]
+    inputs, stored, products = _read_graph(graph)
     expected = sum(stored.values())
     _check_memory(graph, expected)
     out, partial = graph.with_name(name), graph.with_name(name + PARTIAL)
     job = EngineJob(
-        module=module,
+        module=settings.module,
         graph=graph.name,
         out=partial.name,
-        capabilities=tuple(capabilities),
+        capabilities=settings.capabilities,
         profiles=tuple(
             {name: profile.shapes(shape) for name, shape in inputs.items() if any(isinstance(d, str) for d in shape)}
-            for profile in profiles
+            for profile in settings.profiles
         ),
+        weight_streaming=settings.weight_streaming,
+        timing_cache=str(user_cache() / "timing" / flavor.module) if flavor.timing_cache else "",
     )
     try:
         built = _run(job, graph.parent)
-        text = FLAVORS[module].text_schedule
+        text = flavor.text_schedule
         schedules = tuple(read_schedules(partial)) if text else ()
         found = weight_bytes(partial) if text else partial.stat().st_size
-        _check_weights(out, schedules, stored, found, expected, len(profiles))
+        _check_weights(out, schedules, stored, found, expected, len(settings.profiles))
+        for schedule in schedules:
+            check_fp8_products(out, schedule, products)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
     return Engine(path=out, built=built, schedules=schedules, weight_bytes=found, expected_bytes=expected)
 
 
-def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[str]]:
-    """The inputs with their shapes, and bytes of weights by ONNX type. Reads no weight."""
+def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[str], tuple[str, ...]]:
+    """The inputs with their shapes, bytes of weights by ONNX type, and the products of FP8. Reads no weight."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -89,7 +105,7 @@ def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[s
     for tensor in graph.initializer:
         length = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
         stored[onnx.TensorProto.DataType.Name(tensor.data_type)] += length
-    return inputs, stored
+    return inputs, stored, fp8_products(graph)
 
 
 def _check_memory(graph: Path, expected: int) -> None:
@@ -158,12 +174,12 @@ def _check_weights(
                 )
 
 
-def sidecar(engine: Engine, *, graph: str, capabilities: Sequence[str], profiles: Sequence[Profile]) -> dict[str, Any]:
+def sidecar(engine: Engine, graph: str, settings: EngineSettings) -> dict[str, Any]:
     """What is known of an engine's inside, as JSON: it cannot be opened where there is no GPU."""
     return {
         "built_with": engine.built.built_with,
         "graph": graph,
-        "capabilities": list(capabilities),
+        "capabilities": list(settings.capabilities),
         "bytes": engine.path.stat().st_size,
         "weight_bytes": engine.weight_bytes,
         "expected_weight_bytes": engine.expected_bytes,
@@ -173,9 +189,9 @@ def sidecar(engine: Engine, *, graph: str, capabilities: Sequence[str], profiles
             {
                 "name": profile.name,
                 "axes": {axis: list(sizes) for axis, sizes in profile.axes.items()},
-                **(_schedule(engine.schedules[i]) if len(engine.schedules) == len(profiles) else {}),
+                **(_schedule(engine.schedules[i]) if len(engine.schedules) == len(settings.profiles) else {}),
             }
-            for i, profile in enumerate(profiles)
+            for i, profile in enumerate(settings.profiles)
         ],
     }
 
@@ -184,15 +200,22 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
     return {
         "weights": dict(schedule.weights),
         "scratch_bytes": schedule.scratch_bytes,
-        "kernels": [dataclasses.asdict(kernel) for kernel in schedule.kernels],
+        "kernels": [_kernel(kernel) for kernel in schedule.kernels],
         "unfused_weights": [
             {
                 "kernel": kernel.name,
                 "layers": [layer for layer in kernel.layers if layer.endswith("DequantizeLinear")],
-                "writes": [
-                    {**dataclasses.asdict(tensor), "known_bytes": tensor.known_bytes} for tensor in kernel.writes
-                ],
+                "writes": [_operand(operand) for operand in kernel.writes if operand.type in FLOATS],
             }
             for kernel in schedule.unfused_weights()
         ],
     }
+
+
+def _kernel(kernel: Kernel) -> dict[str, Any]:
+    operands = {"reads": [_operand(o) for o in kernel.reads], "writes": [_operand(o) for o in kernel.writes]}
+    return dataclasses.asdict(kernel) | operands
+
+
+def _operand(operand: Operand) -> dict[str, Any]:
+    return dataclasses.asdict(operand) | {"known_bytes": operand.known_bytes}

@@ -11,36 +11,61 @@ import math
 import mmap
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 TEXT = re.compile(rb"[\t\n\r\x20-\x7e]{32,}")
 # Each schedule begins so; those within a kernel that is fused where the engine runs have no memory of a user's.
-SCHEDULE = re.compile(rb"\n  n_accelerators = ")
+SCHEDULE = b"\n  n_accelerators = "
+GAP = 4096  # bytes; between two texts of a schedule there are fewer
 HEAD_END = b"\ndescriptors {"
 KERNEL = re.compile(
     rb"\n\s*(?P<kind>function|fully_connected|runtime_fusion)=\{ name=\"?(?P<name>[^\s\"]+)\"? [^\n]*?\n?"
     rb"[^\n]*?layers=\"(?P<layers>[^\"\n]*)\""
 )
-OUTPUTS = re.compile(rb"output_args=\{ ([^}]*)\}")
+# A kernel's operands; of functions "input_args", of others "input". Their names are quoted, and may hold braces.
+READS = re.compile(rb" input(?:_args)?=\{((?:[^\"}]|\"[^\"]*\")*)\}")
+WRITES = re.compile(rb" output(?:_args)?=\{((?:[^\"}]|\"[^\"]*\")*)\}")
 QUOTED = re.compile(rb'"([^"]*)"')
 LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 TENSOR = re.compile(
     rb"\n\s*tensor=\{ (?P<constant>[^\n]*?const_payload_size=(?P<bytes>\d+))?[^\n]*?dims=\{ (?P<dims>[^}]*)\}"
-    rb"[^\n]*? name=\"(?P<name>[^\"]*)\"[^\n]*? region=\"?(?P<region>[^\s\"]+)[^\n]*? type=(?P<type>\w+) \}"
+    rb"[^\n]*? name=\"(?P<name>[^\"]*)\"(?: offset=(?P<offset>\d+))?[^\n]*? region=\"?(?P<region>[^\s\"]+)"
+    rb"[^\n]*? type=(?P<type>\w+) \}"
+)
+# Part of a tensor, or one in another shape, by the name of that tensor.
+VIEW = re.compile(
+    rb"\n\s*sub_tensor=\{ base=\"(?P<base>[^\"]*)\"[^\n]*? dims=\{ (?P<dims>[^}]*)\}[^\n]*? name=\"(?P<name>[^\"]*)\""
+    rb"[^\n]*? type=(?P<type>\w+) \}"
 )
 REGION = re.compile(rb"\n  region = \{ name=(?P<name>\S+) size=(?P<bytes>\d+) [^\n]*?type=user place=accelerator")
 WEIGHTS = re.compile(r"__mye\d+-consts")
-BITS = {"float": 32, "half": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4, "int64": 64, "int32": 32, "bool": 8}
+BITS = {
+    "float": 32,
+    "half": 16,
+    "bfloat16": 16,
+    "int8": 8,
+    "fp8_e4m3": 8,
+    "int4": 4,
+    "int64": 64,
+    "int32": 32,
+    "bool": 8,
+}
 
 
 @dataclass(frozen=True)
-class Written:
-    """A tensor that a kernel leaves in memory; sizes that only a step decides are words."""
+class Operand:
+    """A tensor that a kernel reads or writes; sizes that only a step decides are words.
+
+    `most_bytes` is what the memory that it lies in leaves for it: as much as it takes in the largest step, or more where
+    larger tensors lie there before or after it. 0 for constants.
+    """
 
     shape: tuple[int | str, ...]
     type: str
+    most_bytes: int = 0
 
     @property
     def known_bytes(self) -> int:
@@ -55,7 +80,8 @@ class Kernel:
     name: str
     kind: str
     layers: tuple[str, ...]  # the ONNX nodes fused into it
-    writes: tuple[Written, ...]
+    reads: tuple[Operand, ...] = ()
+    writes: tuple[Operand, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,46 +104,64 @@ class Schedule:
 
 def read_schedules(engine: Path) -> list[Schedule]:
     """The schedules of an engine, in its profiles' order; empty where its text is not as expected."""
-    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        starts = [match.start() for match in SCHEDULE.finditer(plan)]
-        ends = [*starts[1:], _text_end(plan, starts[-1])] if starts else []
-        sections = [plan[start:end] for start, end in zip(starts, ends, strict=True)]
+    with _mapped(engine) as plan:
+        sections = [plan[start:end] for start, end in _sections(plan)]
     return [_schedule(section) for section in sections if REGION.search(section[: section.find(HEAD_END)])]
 
 
 def weight_bytes(engine: Path) -> int:
     """Bytes of an engine that are not its schedules' text: its weights and very little else."""
+    with _mapped(engine) as plan:
+        return len(plan) - sum(end - start for start, end in _sections(plan))
+
+
+@contextmanager
+def _mapped(engine: Path) -> Iterator[mmap.mmap]:
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        return len(plan) - sum(match.end() - match.start() for match in TEXT.finditer(plan))
+        yield plan
+
+
+def _sections(plan: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Where the schedules lie, each to the next one's begin or to the end of text: weights follow, and they are large."""
+    start, end = plan.find(SCHEDULE), 0
+    while start >= 0:
+        if start >= end:
+            end = _text_end(plan, start)
+        following = plan.find(SCHEDULE, start + 1, end)
+        yield start, end if following < 0 else following
+        start = following if following >= 0 else plan.find(SCHEDULE, end)
 
 
 def _text_end(plan: mmap.mmap, start: int) -> int:
-    """Where the last schedule ends: weights follow, and they are large."""
+    """Where text ends that has no gap of more than GAP bytes. Looks no further: weights are many GB of anything."""
     end = start
-    for match in TEXT.finditer(plan, start):
-        if match.start() - end > 4096:
-            break
-        end = match.end()
+    while (match := TEXT.search(plan[end : end + 2 * GAP])) is not None and match.start() <= GAP:
+        end += match.end()
     return end
 
 
 def _schedule(text: bytes) -> Schedule:
+    regions = {found["name"]: int(found["bytes"]) for found in REGION.finditer(text)}
     weights: Counter[str] = Counter()
-    tensors: dict[bytes, Written] = {}
+    tensors: dict[bytes, Operand] = {}
     for found in TENSOR.finditer(text):
         kind, region = found["type"].decode(), found["region"].decode("latin1")
         if found["constant"] and WEIGHTS.fullmatch(region):
             weights[kind] += int(found["bytes"])
-        tensors[found["name"]] = Written(_shape(found["dims"]), kind)
+        room = regions.get(found["region"], 0) - int(found["offset"] or 0)
+        tensors[found["name"]] = Operand(_shape(found["dims"]), kind, max(room, 0))
+    for found in VIEW.finditer(text):
+        base = tensors.get(found["base"])
+        tensors[found["name"]] = Operand(_shape(found["dims"]), found["type"].decode(), base.most_bytes if base else 0)
     kernels = []
     for found in KERNEL.finditer(text):
-        outputs = OUTPUTS.search(found[0])
-        names = QUOTED.findall(outputs[1]) if outputs else []
+        reads, writes = (
+            tuple(tensors[name] for name in QUOTED.findall(list_[1]) if name in tensors) if list_ else ()
+            for list_ in (READS.search(found[0]), WRITES.search(found[0]))
+        )
         layers = tuple(dict.fromkeys(LAYER.findall(found["layers"].decode("latin1"))))
-        writes = tuple(tensors[name] for name in names if name in tensors)
-        kernels.append(Kernel(found["name"].decode("latin1"), found["kind"].decode(), layers, writes))
-    scratch = sum(int(found["bytes"]) for found in REGION.finditer(text))
-    return Schedule(tuple(kernels), dict(weights), scratch)
+        kernels.append(Kernel(found["name"].decode("latin1"), found["kind"].decode(), layers, reads, writes))
+    return Schedule(tuple(kernels), dict(weights), sum(regions.values()))
 
 
 def _shape(dims: bytes) -> tuple[int | str, ...]:

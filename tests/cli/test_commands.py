@@ -66,6 +66,8 @@ def test_ctrl_c_says_how_far_it_came_and_the_same_command_goes_on(
     arguments = ("compile", tiny_checkpoint("scout"), "-o", tmp_path / "out", "--group-size", 32, "--jobs", 1)
     left = iter(range(7))
     run = RunJob.__call__
+    # Python ignores the signal where it was ignored when it began, as in a shell's background jobs.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(self: RunJob, job: Any) -> tuple[str, ...]:
         if next(left, None) is None:
@@ -75,6 +77,7 @@ def test_ctrl_c_says_how_far_it_came_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(RunJob, "__call__", interrupted)
         stopped = corral(*arguments, code=130).stderr
+    signal.signal(signal.SIGINT, before)
     words = stopped.splitlines()[-1]
     assert re.fullmatch(r"stopped after 7 of \d+ jobs; the same command goes on from here\.", words)
     corral(*arguments)

@@ -20,9 +20,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from corral.exporter.capture import SCOPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
+from corral.graphs.lower.tensorrt.fp8 import fp8_product, fp8_weight
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.quantize.calibrate import ACTIVATED, INPUT
 
 MAX_BLOCK = 64  # rows of a block: a matrix kernel's tile
 
@@ -44,7 +47,7 @@ class _Blocks:
     """One layer being lowered. Letters: T tokens, k experts a token, V = T * k visits, NB blocks of B rows."""
 
     def __init__(self, build: tape.Tape, work: ModelAndPlan) -> None:
-        self.op, self.work = build.op, work
+        self.build, self.op, self.work = build, build.op, work
         self.multi = build.op_multi_out
         self.experts, self.hidden = work.config.num_local_experts, work.config.hidden_size
         self.k = work.config.num_experts_per_tok
@@ -60,7 +63,7 @@ class _Blocks:
         block = self.block_size(count)
         slot_V, expert_NB = self.slots(expert_V1, count, block)
         blocks_NBBH = self.scattered(visits_VH, slot_V, expert_NB, block)
-        answer = self.swiglu(blocks_NBBH, gate_up, down, expert_NB)
+        answer = self.swiglu(blocks_NBBH, gate_up, down, expert_NB, node.metadata_props.get(SCOPE, ""))
         answers_VH = self.op("Gather", [self.rows(answer, self.hidden), slot_V], {"axis": 0})
         return self.op("Reshape", [self.summed(answers_VH), self.op("Shape", [x])])
 
@@ -106,12 +109,22 @@ class _Blocks:
         filled = self.op("ScatterND", [zeros, index_V1, visits_VH])
         return self.op("Reshape", [filled, self.op("Concat", [blocks, one_block, self.ints(self.hidden)], {"axis": 0})])
 
-    def swiglu(self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
+    def swiglu(
+        self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value, scope: str
+    ) -> ir.Value:
         """(silu(x @ gate) * (x @ up)) @ down, per block with its expert's matrices."""
-        both = self.op("MatMul", [x, self.op("Gather", [gate_up, expert_NB], {"axis": 0})])
+        both = self.product(x, gate_up, expert_NB, f"{scope}.{INPUT}")
         gate, up = self.multi("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2)
         silu = self.op("Mul", [gate, self.op("Sigmoid", [gate])])
-        return self.op("MatMul", [self.op("Mul", [silu, up]), self.op("Gather", [down, expert_NB], {"axis": 0})])
+        return self.product(self.op("Mul", [silu, up]), down, expert_NB, f"{scope}.{ACTIVATED}")
+
+    def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value, name: str) -> ir.Value:
+        """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]; `name` is x's in the calibration."""
+        fp8 = fp8_weight(self.work, weight)
+        if fp8 is None:
+            return self.op("MatMul", [x, self.op("Gather", [weight, expert_NB], {"axis": 0})])
+        codes, gains = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in fp8)
+        return fp8_product(self.build, self.work, x, (codes, gains), name=name, axes=(0, 2, 1))
 
     def repeated(self, x_TH: ir.Value) -> ir.Value:
         """Each token once per visit: [T, H] -> [V, H]."""
