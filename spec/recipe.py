@@ -30,7 +30,9 @@ class Recipe:
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
-    calibration: str = "python-library"  # for calibrated methods: a UTF-8 text file, or a text that corral ships
+    calibration: str = (
+        "python-library"  # for calibrated methods and fp8: a UTF-8 text file, or a text that corral ships
+    )
     calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
@@ -49,6 +51,8 @@ class Recipe:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
         if self.method != "rtn" and not scheme.is_quantized:
             raise InputError(f"method {self.method} quantizes weights, and {scheme.name} keeps them in floating point.")
+        if self.method != "rtn" and scheme.is_float:
+            raise InputError(f"{scheme.name} weights are rounded to nearest, and take no method {self.method}.")
         if self.calibration_tokens < LEAST_CALIBRATION_TOKENS:
             raise InputError(
                 f"calibration_tokens is {self.calibration_tokens}, expected at least {LEAST_CALIBRATION_TOKENS}."
@@ -78,6 +82,11 @@ class Recipe:
         """The compute capabilities that `gpu` names, each once, lowest first."""
         named = {capability_of(gpu.strip()) for gpu in self.gpu.split(",") if gpu.strip()}
         return tuple(sorted(named, key=float))
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether what matrices are multiplied with is quantized, too, by scales that a calibration text shows."""
+        return scheme_named(self.weights).is_float
 
     @property
     def lowering(self) -> str:

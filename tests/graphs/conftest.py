@@ -47,7 +47,11 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
         if weights not in made:
             made[weights] = tmp_path_factory.mktemp(weights) / "demo"
-            compile(DEMO, made[weights], Recipe(target="tensorrt-rtx", weights=weights, group_size=64))
+            compile(
+                DEMO,
+                made[weights],
+                Recipe(target="tensorrt-rtx", weights=weights, group_size=64, calibration_tokens=1024),
+            )
         return made[weights]
 
     return make

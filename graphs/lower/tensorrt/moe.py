@@ -16,16 +16,17 @@ for: it has neither NonZero on all devices, nor a loop over experts that leaves 
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from corral.exporter.capture import SCOPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
-from corral.graphs.lower.tensorrt.fp8 import fp8_product, fp8_weight
+from corral.graphs.lower.tensorrt.fp8 import fp8_product
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.calibrate import ACTIVATED, INPUT
+from corral.graphs.quantize.fp8_weight import find_fp8
 
 MAX_BLOCK = 64  # rows of a block: a matrix kernel's tile
 
@@ -63,7 +64,7 @@ class _Blocks:
         block = self.block_size(count)
         slot_V, expert_NB = self.slots(expert_V1, count, block)
         blocks_NBBH = self.scattered(visits_VH, slot_V, expert_NB, block)
-        answer = self.swiglu(blocks_NBBH, gate_up, down, expert_NB, node.metadata_props.get(SCOPE, ""))
+        answer = self.swiglu(blocks_NBBH, gate_up, down, expert_NB)
         answers_VH = self.op("Gather", [self.rows(answer, self.hidden), slot_V], {"axis": 0})
         return self.op("Reshape", [self.summed(answers_VH), self.op("Shape", [x])])
 
@@ -109,22 +110,21 @@ class _Blocks:
         filled = self.op("ScatterND", [zeros, index_V1, visits_VH])
         return self.op("Reshape", [filled, self.op("Concat", [blocks, one_block, self.ints(self.hidden)], {"axis": 0})])
 
-    def swiglu(
-        self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value, scope: str
-    ) -> ir.Value:
+    def swiglu(self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
         """(silu(x @ gate) * (x @ up)) @ down, per block with its expert's matrices."""
-        both = self.product(x, gate_up, expert_NB, f"{scope}.{INPUT}")
+        both = self.product(x, gate_up, expert_NB)
         gate, up = self.multi("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2)
         silu = self.op("Mul", [gate, self.op("Sigmoid", [gate])])
-        return self.product(self.op("Mul", [silu, up]), down, expert_NB, f"{scope}.{ACTIVATED}")
+        return self.product(self.op("Mul", [silu, up]), down, expert_NB)
 
-    def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value, name: str) -> ir.Value:
-        """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]; `name` is x's in the calibration."""
-        fp8 = fp8_weight(self.work, weight)
+    def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
+        """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]."""
+        fp8 = find_fp8(self.work, weight)
         if fp8 is None:
             return self.op("MatMul", [x, self.op("Gather", [weight, expert_NB], {"axis": 0})])
-        codes, gains = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in fp8)
-        return fp8_product(self.build, self.work, x, (codes, gains), name=name, axes=(0, 2, 1))
+        codes, gain = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in (fp8.dequantized, fp8.gain))
+        gathered = dataclasses.replace(fp8, dequantized=codes, gain=gain)
+        return fp8_product(self.build, self.work, x, gathered, axes=(0, 2, 1))
 
     def repeated(self, x_TH: ir.Value) -> ir.Value:
         """Each token once per visit: [T, H] -> [V, H]."""

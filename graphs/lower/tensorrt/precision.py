@@ -108,8 +108,9 @@ class _Types:
             compute = ir.DataType(node.attributes["to"].as_int())
         elif node.op_type in NO_FLOAT or not any(value and self.of(value) for value in node.inputs):
             return
-        if compute in COMPUTED:
-            self._types[node.outputs[0]] = compute
+        if compute in COMPUTED:  # of TopK's outputs the second is no float
+            for output in node.outputs if node.op_type == "Split" else node.outputs[:1]:
+                self._types[output] = compute
 
     def cast(self, value: ir.Value, to: ir.DataType, user: ir.Node) -> ir.Value:
         """`value` as `to`, by one Cast however many use it, placed before the first."""
