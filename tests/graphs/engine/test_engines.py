@@ -118,7 +118,7 @@ def test_int4_is_multiplied_without_a_float_copy_but_for_the_chosen_experts(buil
 def test_fp8_is_multiplied_as_fp8_and_experts_are_gathered_as_such(built: Callable[[str, str], Path]) -> None:
     for profile in sidecar(built("fp8", "rtx4090"))["profiles"]:
         assert not profile["unfused_weights"]
-        assert len(products(profile)) == 4 * (4 + 3 + 2) + 1  # attention, shared expert, experts; the head
+        assert len(products(profile)) == 4 * (2 + 2 + 2) + 1  # attention, shared expert, experts; the head
         for name, kernel in products(profile).items():
             assert read(kernel)[:2] == ["fp8_e4m3"] * 2, name
             assert kernel["writes"][0]["type"] == "half"
