@@ -32,15 +32,23 @@ class Calibration:
 
 def calibration_key(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The name that a plan gives to its statistics; "" where nothing of the recipe needs any."""
-    if not (METHODS[recipe.method].calibrated or recipe.rounds_activations):
+    if not (recipe.rounds_activations or any(METHODS[method].calibrated for method in recipe.methods)):
         return ""
     return read_calibration_text(checkpoint, recipe).key(checkpoint, _settings(recipe))
 
 
 def _settings(recipe: Recipe) -> str:
     """What is gathered follows from these; AWQ's scales are searched for one scheme."""
-    method = METHODS[recipe.method]
-    return f"{recipe.method} {recipe.weights} {recipe.group_size}" if method.rescales else method.products
+    if not METHODS[recipe.method].rescales:
+        return _products(recipe)
+    rules = "".join(f" {rule}" for rule in recipe.rules)
+    return f"{recipe.method} {recipe.weights} {recipe.group_size}{rules}"
+
+
+def _products(recipe: Recipe) -> Products:
+    """The most that a method of the recipe wants of X^T X."""
+    wanted = {METHODS[method].products for method in recipe.methods}
+    return next(products for products in ("whole", "blocks", "none") if products in wanted)
 
 
 def calibrate(
@@ -60,10 +68,10 @@ def calibrate(
             "quantize` again, or `corral compile`."
         )
     statistics = statistics_of(checkpoint, directory, keys.pop())
-    method = METHODS[work.recipe.method]
-    _check_disk_space(directory, work.config, text, method.products)
-    gather(checkpoint, text.ids, statistics, products=method.products, progress=progress)
-    if method.rescales:
+    products = _products(work.recipe)
+    _check_disk_space(directory, work.config, text, products)
+    gather(checkpoint, text.ids, statistics, products=products, progress=progress)
+    if METHODS[work.recipe.method].rescales:
         search_input_scales(checkpoint, statistics, work.recipe, progress)
     return Calibration(statistics, _record(work, text, statistics))
 

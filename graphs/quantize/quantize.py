@@ -34,38 +34,48 @@ KEEPING = {
 def quantize_weights(work: ModelAndPlan) -> bool:
     """Quantize every matrix of a quantized kind; one that is published just so keeps its codes and scales.
 
-    Raises InputError where the group size does not divide a matrix's inputs, and where one is published quantized in
-    another way, unless the recipe says `requantize`.
+    Raises InputError where the group size does not divide a matrix's inputs, where one is published quantized in
+    another way, unless the recipe says `requantize`, and where a rule of the recipe matches no matrix.
     """
-    scheme = scheme_named(work.recipe.weights)
-    if scheme.bits is None:
-        return False
-    for entry in list(work.plan):
-        if kind_of(entry.weight).quantized and scheme.is_float:
-            _quantize_fp8(work, entry, scheme.dtype)
-        elif kind_of(entry.weight).quantized:
-            _quantize(work, entry, scheme.bits, scheme.dtype)
+    entries = list(work.plan)
+    matrices = [entry for entry in entries if kind_of(entry.weight).quantized]
+    for rule in work.recipe.rules:
+        if not any(rule.matches(entry.weight) for entry in matrices):
+            raise InputError(
+                f'the recipe\'s rule for "{rule.matrices}" matches no matrix that is quantized; there is, for example, '
+                f"{matrices[0].weight.removesuffix('.weight')}. Correct the name, or leave the rule out."
+            )
+    changed = False
+    for entry in entries:
+        recipe = work.recipe.of(entry.weight)
+        scheme = scheme_named(recipe.weights)
+        if kind_of(entry.weight).quantized and scheme.bits is not None:
+            if scheme.is_float:
+                _quantize_fp8(work, entry, scheme.dtype)
+            else:
+                _quantize(work, entry, recipe, scheme.bits, scheme.dtype)
+            changed = True
         elif METHODS[work.recipe.method].rescales and kind_of(entry.weight).name in ("norm", "router"):
             rescaled = (step("rescale", statistics=work.statistics), *entry.steps)
             work.plan.replace(entry.name, dataclasses.replace(entry, steps=rescaled))
-    return True
+    return changed
 
 
-def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
+def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype: str) -> None:
     if entry.steps[-1].name != "columns":
         raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
-    group, inputs = work.recipe.group_size, entry.shape[-2]
+    group, inputs = recipe.group_size, entry.shape[-2]
     if inputs % group:
         fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
         raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
-    method = method_for(entry.published, work.recipe)
+    method = method_for(entry.published, recipe)
     if method is AS_PUBLISHED:
         entry = dataclasses.replace(
             entry, pieces=tuple(dataclasses.replace(piece, as_stored=True) for piece in entry.pieces)
         )
-    elif entry.published and not work.recipe.requantize:
-        raise _published_otherwise(entry, work.recipe)
+    elif entry.published and not recipe.requantize:
+        raise _published_otherwise(entry, recipe)
     name, how = method.step, method.arguments(bits, group, work.statistics)
     codes = dataclasses.replace(
         entry.with_layout(step(name, output="codes", **how), step("pack_columns", bits=bits)),
