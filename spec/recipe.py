@@ -51,10 +51,11 @@ class Recipe:
             )
         if self.method not in METHODS:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
-        if self.method != "rtn" and not scheme.is_quantized:
-            raise InputError(f"method {self.method} quantizes weights, and {scheme.name} keeps them in floating point.")
-        if self.method != "rtn" and scheme.is_float:
-            raise InputError(f"{scheme.name} weights are rounded to nearest, and take no method {self.method}.")
+        if self.method != "rtn" and not scheme.takes_methods:
+            raise InputError(
+                f"method {self.method} chooses codes for groups of weights, and {scheme.name} has no groups. Leave the "
+                "method out, or name it in a rule for the matrices that it is for."
+            )
         if self.calibration_tokens < LEAST_CALIBRATION_TOKENS:
             raise InputError(
                 f"calibration_tokens is {self.calibration_tokens}, expected at least {LEAST_CALIBRATION_TOKENS}."
@@ -81,10 +82,6 @@ class Recipe:
         self._check_rules()
 
     def _check_rules(self) -> None:
-        if self.rules and target_named(self.target).engine:
-            raise InputError(
-                f"target {self.target} takes no rules: its engines store all matrices alike. Leave rules out."
-            )
         for rule in self.rules:
             try:
                 ruled = self._ruled(rule)
@@ -108,9 +105,14 @@ class Recipe:
 
     def _ruled(self, rule: Rule) -> Recipe:
         changes = rule.changes()
-        if "weights" in changes and not scheme_named(changes["weights"]).is_quantized:
-            changes["method"] = "rtn"  # which is no method: nothing is rounded
+        if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
+            changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
         return dataclasses.replace(self, rules=(), **changes)
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The names of every scheme that some matrix may be stored in."""
+        return tuple(dict.fromkeys((self.weights, *(rule.weights for rule in self.rules if rule.weights))))
 
     @property
     def methods(self) -> frozenset[str]:
@@ -126,7 +128,7 @@ class Recipe:
     @property
     def rounds_activations(self) -> bool:
         """Whether what matrices are multiplied with is quantized, too, by scales that a calibration text shows."""
-        return scheme_named(self.weights).is_float
+        return any(scheme_named(name).is_float for name in self.schemes)
 
     @property
     def lowering(self) -> str:

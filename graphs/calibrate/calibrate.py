@@ -12,7 +12,7 @@ from corral.graphs.calibrate.input_scales import search_input_scales
 from corral.graphs.calibrate.input_sums import Products
 from corral.graphs.calibrate.statistics import Statistics, statistics_of
 from corral.graphs.model_and_plan import ModelAndPlan
-from corral.graphs.quantize.methods import CALIBRATED_STEPS, METHODS, MIN_TOKENS
+from corral.graphs.quantize.methods import CALIBRATED_STEPS, METHODS, MIN_TOKENS, needs_text
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.manifest import CalibrationRecord, FallbackRecord
@@ -32,7 +32,7 @@ class Calibration:
 
 def calibration_key(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The name that a plan gives to its statistics; "" where nothing of the recipe needs any."""
-    if not (recipe.rounds_activations or any(METHODS[method].calibrated for method in recipe.methods)):
+    if not needs_text(recipe):
         return ""
     return read_calibration_text(checkpoint, recipe).key(checkpoint, _settings(recipe))
 

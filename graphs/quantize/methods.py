@@ -46,3 +46,8 @@ CALIBRATED_STEPS = {method.step for method in METHODS.values() if method.calibra
 def method_for(published: str, recipe: Recipe) -> Method:
     """The method of a matrix with this recipe (`Recipe.of`). One `published` in just the scheme asked for keeps its codes."""
     return AS_PUBLISHED if published == in_words(recipe.weights, recipe.group_size) else METHODS[recipe.method]
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether a calibration text decides on something: on codes, or on the scales of activations."""
+    return recipe.rounds_activations or any(METHODS[method].calibrated for method in recipe.methods)

@@ -27,7 +27,7 @@ KEEPING = {
     in_words(scheme, group): f"--weights {scheme} --group-size {group}"
     for scheme in SCHEMES
     for group in GROUP_SIZES
-    if SCHEMES[scheme].is_quantized and not SCHEMES[scheme].is_float
+    if SCHEMES[scheme].takes_methods
 }
 
 
@@ -51,7 +51,7 @@ def quantize_weights(work: ModelAndPlan) -> bool:
         scheme = scheme_named(recipe.weights)
         if kind_of(entry.weight).quantized and scheme.bits is not None:
             if scheme.is_float:
-                _quantize_fp8(work, entry, scheme.dtype)
+                _quantize_fp8(work, entry, recipe, scheme.dtype)
             else:
                 _quantize(work, entry, recipe, scheme.bits, scheme.dtype)
             changed = True
@@ -98,12 +98,12 @@ def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype
     _replace(work, weight, ir.node("DequantizeLinear", values, attributes, metadata_props={SCOPE: entry.name}))
 
 
-def _quantize_fp8(work: ModelAndPlan, entry: Entry, dtype: str) -> None:
+def _quantize_fp8(work: ModelAndPlan, entry: Entry, recipe: Recipe, dtype: str) -> None:
     """Codes are stored [..., outputs, inputs], as they are read: so a part of the outputs is a job, with their scales."""
     if entry.steps[-1].name != "columns":
         raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
-    if entry.published and not work.recipe.requantize:
-        raise _published_otherwise(entry, work.recipe)
+    if entry.published and not recipe.requantize:
+        raise _published_otherwise(entry, recipe)
     *experts, inputs, outputs = entry.shape
     codes = dataclasses.replace(
         entry.with_layout(step("e4m3", output="codes"), step("rows", dtype=dtype)),

@@ -46,6 +46,7 @@ from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.errors import InputError
 from corral.spec.kv_layout import KvLayout
 from corral.spec.recipe import Recipe
+from corral.spec.rule import Rule
 
 DEMO = Path(__file__).parents[4] / "demo" / "demo-scout"
 FP8 = Recipe(target="tensorrt-rtx", weights="fp8", max_context=128, calibration_tokens=1024)
@@ -180,8 +181,15 @@ class Following:
         return answers.view(*expert.shape, -1).sum(1).view_as(x)
 
 
-def following_model(directory: Path, following: Following) -> Llama4Text:
-    """The model with weights rounded to FP8, its matrices' inputs taken over, in float32 otherwise."""
+def in_groups(matrix: Tensor) -> Tensor:
+    """[outputs, inputs] -> what symmetric int4 in groups of 32 inputs makes of it; scales are float16 numbers."""
+    groups = matrix.unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    return ((groups / scale).round() * scale.half().float()).flatten(-2)
+
+
+def following_model(directory: Path, following: Following, experts: str) -> Llama4Text:
+    """The model with weights rounded as the recipe says, FP8 products' inputs taken over, in float32 otherwise."""
     model = load_reference(open_checkpoint(directory))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith("router"):
@@ -189,20 +197,26 @@ def following_model(directory: Path, following: Following) -> Llama4Text:
             module.register_forward_pre_hook(partial(following.linear, name))
         elif isinstance(module, Experts):
             for weight in (module.gate_up_proj, module.down_proj):
-                weight.copy_(per_output(weight.transpose(1, 2)).transpose(1, 2))
-            module.forward = partial(following.experts, module, name)  # type: ignore[method-assign]
+                stored = {"fp8": per_output, "int4": in_groups}[experts]
+                weight.copy_(stored(weight.transpose(1, 2)).transpose(1, 2))
+            if experts == "fp8":
+                module.forward = partial(following.experts, module, name)  # type: ignore[method-assign]
     return model
 
 
-@pytest.mark.parametrize("form", ["scout", "maverick", "topk2", "guard", "demo"])
+FP8_FORMS = [(form, "fp8") for form in ("scout", "maverick", "topk2", "guard", "demo")]
+
+
+@pytest.mark.parametrize(("form", "experts"), [*FP8_FORMS, ("maverick", "int4"), ("topk2", "int4")])
 def test_the_graph_computes_what_pytorch_computes_with_the_same_fp8_numbers(
-    tiny_checkpoint: Checkpoint, lowered: Lowered, tmp_path: Path, form: str
+    tiny_checkpoint: Checkpoint, lowered: Lowered, tmp_path: Path, form: str, experts: str
 ) -> None:
     directory = DEMO if form == "demo" else tiny_checkpoint(form)
     if form == "demo":
         (tmp_path / "out").symlink_to(lowered("fp8"))
     else:
-        compile(directory, tmp_path / "out", FP8)
+        rules = (Rule(matrices="*.experts.*", weights=experts),) if experts != "fp8" else ()
+        compile(directory, tmp_path / "out", dataclasses.replace(FP8, rules=rules, group_size=32))
     bundle = open_bundle((tmp_path / "out").resolve())
     bundle = Bundle(bundle.directory, dataclasses.replace(bundle.manifest, stage="ready"))
     recording = Recording(bundle)
@@ -210,7 +224,7 @@ def test_the_graph_computes_what_pytorch_computes_with_the_same_fp8_numbers(
     got = LLM(bundle, session=recording, max_context=128).score(ids)
     following = Following(recording)
     with torch.no_grad():
-        want = following_model(directory, following).logits(torch.tensor([ids]))[0].numpy()
+        want = following_model(directory, following, experts).logits(torch.tensor([ids]))[0].numpy()
     assert np.abs(got - want).max() < LOGITS_TOLERANCE * np.abs(want).max()
     assert 0 < following.flips < FLIPS * following.count
 
@@ -272,6 +286,20 @@ def test_a_scale_is_the_largest_magnitude_that_the_text_shows(
 def test_an_input_that_is_always_zero_has_a_scale_that_float16_has() -> None:
     scale = input_scale(np.ones((1, 4), np.float32), statistics={"layer_largest": np.zeros(4, np.float32)})
     assert scale.astype(np.float16) == scale == 2.0**-14
+
+
+def test_experts_may_be_int4_by_a_calibrated_method_and_all_else_fp8(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    rules = (Rule(matrices="*.experts.*", weights="int4", method="gptq"),)
+    mixed = dataclasses.replace(FP8, rules=rules, group_size=32, calibration_tokens=4096)
+    manifest = compile(tiny_checkpoint("maverick"), tmp_path / "out", mixed).manifest
+    stored = {row.kind: row.stored for row in manifest.coverage}
+    assert stored["experts"] == "int4 g32 gptq"
+    assert {stored[kind] for kind in ("attention", "dense", "shared expert", "head")} == {"fp8 per output"}
+    assert manifest.calibration is not None
+    assert {fallback.weight.rpartition(".")[2] for fallback in manifest.calibration.fallbacks} <= {"experts"}
+    assert manifest.recipe == mixed
 
 
 def test_the_manifest_says_what_the_scales_were_seen_on(lowered: Lowered) -> None:
