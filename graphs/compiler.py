@@ -6,13 +6,13 @@ from pathlib import Path
 
 from corral.exporter.export import export
 from corral.graphs.calibrate.calibrate import calibration_key
-from corral.graphs.engine.engines import build_engines
+from corral.graphs.engine.engines import build_engines, waiting_for_engines
 from corral.graphs.engine.tensorrt_module import check_installed
 from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import check_out
 from corral.graphs.pipeline import phases, run_phase
-from corral.graphs.write_bundle import write_bundle
+from corral.graphs.write_bundle import made_of, write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.bundle import Bundle
@@ -39,14 +39,17 @@ def compile(
     Raises InputError for a bad checkpoint, recipe or output directory, EnvironmentProblem where the disk is too small.
     """
     how = Execution(jobs=jobs, ray=ray)
-    engine = target_named(recipe.target).engine
-    if engine and recipe.capabilities:
+    engine = target_named(recipe.target).engine if recipe.capabilities else None
+    if engine:
         check_installed(engine)  # before hours of work, not after
-    check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
+    waiting = waiting_for_engines(Path(out), recipe) if engine and not fresh else None
+    if waiting is None:
+        check_out(Path(out), fresh=fresh)  # seconds before write_bundle would notice
     source = open_checkpoint(Path(checkpoint), progress=progress)
-    work = lower(source, recipe, progress=progress)
-    bundle = write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
-    return build_engines(out, progress=progress) if engine and recipe.capabilities else bundle
+    if waiting is None or not made_of(waiting, source):
+        work = lower(source, recipe, progress=progress)
+        waiting = write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
+    return build_engines(out, progress=progress) if engine else waiting
 
 
 def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:

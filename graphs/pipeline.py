@@ -65,6 +65,7 @@ LOWER: dict[str, Phase] = {
             lower_attention,
             lower_int4_experts,
             lower_int4_matmul,
+            lower_matmul,
             fuse_int4_feed_forward,
             merge_matmul,
             clean_up,

@@ -18,6 +18,7 @@ from pathlib import Path
 from corral.spec.errors import InputError
 from corral.spec.manifest import MANIFEST_NAME, FileRecord, Manifest, inside_path, read_manifest
 from corral.spec.progress import Progress, silent
+from corral.spec.user_cache import user_cache
 
 PIECE_BYTES = 4 << 20
 
@@ -121,10 +122,9 @@ def _check_hashes(bundle: Bundle, records: list[FileRecord], progress: Progress)
 
 
 def _stamp_path(bundle: Bundle) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     manifest = (bundle.directory / MANIFEST_NAME).read_bytes()
     key = hashlib.sha256(manifest + b"\0" + os.fsencode(bundle.directory.resolve())).hexdigest()
-    return Path(cache) / "corral" / "verified" / f"{key}.json"
+    return user_cache() / "verified" / f"{key}.json"
 
 
 def _read_stamp(bundle: Bundle) -> dict[str, Mark]:

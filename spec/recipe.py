@@ -20,7 +20,7 @@ from corral.spec.target import check_capability, target_named
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
 LEAST_CALIBRATION_TOKENS = 512
-ENGINE_KEYS = ("gpu", "max_context", "max_batch")
+ENGINE_KEYS = ("gpu", "max_context", "max_batch", "weight_streaming")
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
 
@@ -41,6 +41,7 @@ class Recipe:
     gpu: str = ""  # of engines: GPUs or compute capabilities, by comma
     max_context: int = DEFAULT_MAX_CONTEXT  # of engines: rows of a global layer's cache
     max_batch: int = DEFAULT_MAX_BATCH  # of engines: sequences that decode together
+    weight_streaming: bool = False  # of engines: part of the weights may stay in the host's memory
     rules: tuple[Rule, ...] = ()  # matrices that are stored otherwise; a later rule beats an earlier one
 
     def __post_init__(self) -> None:
@@ -107,7 +108,8 @@ class Recipe:
         changes = rule.changes()
         if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
             changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
-        return dataclasses.replace(self, rules=(), **changes)
+        # Which kernels there are for a matrix of another scheme is the lowering's concern.
+        return dataclasses.replace(self, rules=(), **{"kernels": "stock", **changes})
 
     @property
     def schemes(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ class Flavor:
     named_capabilities: bool  # builds for compute capabilities that are named; otherwise for the GPU that is there
     plugins: bool  # takes kernels of others
     engine_validity: bool  # can say whether an engine runs on this device without opening it
+    timing_cache: bool  # times kernels while it builds, and can keep what it measured
     runtime_cache: bool  # finishes compiling kernels where the engine runs, and can keep the result
     text_schedule: bool  # an engine holds its schedule as text (undocumented; read only for this version)
     executed: bool  # whether corral's own tests run this module
@@ -37,6 +38,7 @@ FLAVORS = {
             named_capabilities=True,
             plugins=False,
             engine_validity=True,
+            timing_cache=False,
             runtime_cache=True,
             text_schedule=True,
             executed=True,
@@ -48,6 +50,7 @@ FLAVORS = {
             named_capabilities=False,
             plugins=True,
             engine_validity=False,
+            timing_cache=True,
             runtime_cache=False,
             text_schedule=False,
             executed=False,

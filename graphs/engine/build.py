@@ -24,6 +24,7 @@ from corral.graphs.engine.worker import Built, EngineJob
 from corral.spec.errors import CheckFailed, EnvironmentProblem
 from corral.spec.machine import usable_memory
 from corral.spec.tensorrt_flavors import FLAVORS
+from corral.spec.user_cache import user_cache
 
 PARTIAL = ".partial"
 # How far an engine's weights may be from what their bits say: a share of them, and bytes that lie around any weights.
@@ -32,6 +33,16 @@ TOLERANCE, AROUND_BYTES = 0.15, 1 << 20
 MEMORY_FACTOR, MEMORY_BYTES = 3, 1 << 30
 FLOATS = ("float", "half", "bfloat16")
 QUANTIZED = {"INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8_e4m3"}  # ONNX's types -> the schedule's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """All but the graph and its weights that decides an engine's bytes."""
+
+    module: str
+    capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    weight_streaming: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,34 +56,35 @@ class Engine:
     expected_bytes: int  # of the weights' bits
 
 
-def build_engine(
-    graph: Path, name: str, *, module: str, capabilities: Sequence[str], profiles: Sequence[Profile]
-) -> Engine:
-    """Build the engine `name` of an ONNX file, beside it, for some compute capabilities.
+def build_engine(graph: Path, name: str, settings: EngineSettings) -> Engine:
+    """Build the engine `name` of an ONNX file, beside it.
 
     Raises CheckFailed where the builder refuses the graph or stores a quantized weight as float, EnvironmentProblem
     where memory does not suffice or the builder is killed.
     """
+    flavor = FLAVORS[settings.module]
     inputs, stored, products = _read_graph(graph)
     expected = sum(stored.values())
     _check_memory(graph, expected)
     out, partial = graph.with_name(name), graph.with_name(name + PARTIAL)
     job = EngineJob(
-        module=module,
+        module=settings.module,
         graph=graph.name,
         out=partial.name,
-        capabilities=tuple(capabilities),
+        capabilities=settings.capabilities,
         profiles=tuple(
             {name: profile.shapes(shape) for name, shape in inputs.items() if any(isinstance(d, str) for d in shape)}
-            for profile in profiles
+            for profile in settings.profiles
         ),
+        weight_streaming=settings.weight_streaming,
+        timing_cache=str(user_cache() / "timing" / flavor.module) if flavor.timing_cache else "",
     )
     try:
         built = _run(job, graph.parent)
-        text = FLAVORS[module].text_schedule
+        text = flavor.text_schedule
         schedules = tuple(read_schedules(partial)) if text else ()
         found = weight_bytes(partial) if text else partial.stat().st_size
-        _check_weights(out, schedules, stored, found, expected, len(profiles))
+        _check_weights(out, schedules, stored, found, expected, len(settings.profiles))
         for schedule in schedules:
             check_fp8_products(out, schedule, products)
         os.replace(partial, out)
@@ -161,12 +173,12 @@ def _check_weights(
                 )
 
 
-def sidecar(engine: Engine, *, graph: str, capabilities: Sequence[str], profiles: Sequence[Profile]) -> dict[str, Any]:
+def sidecar(engine: Engine, graph: str, settings: EngineSettings) -> dict[str, Any]:
     """What is known of an engine's inside, as JSON: it cannot be opened where there is no GPU."""
     return {
         "built_with": engine.built.built_with,
         "graph": graph,
-        "capabilities": list(capabilities),
+        "capabilities": list(settings.capabilities),
         "bytes": engine.path.stat().st_size,
         "weight_bytes": engine.weight_bytes,
         "expected_weight_bytes": engine.expected_bytes,
@@ -176,9 +188,9 @@ def sidecar(engine: Engine, *, graph: str, capabilities: Sequence[str], profiles
             {
                 "name": profile.name,
                 "axes": {axis: list(sizes) for axis, sizes in profile.axes.items()},
-                **(_schedule(engine.schedules[i]) if len(engine.schedules) == len(profiles) else {}),
+                **(_schedule(engine.schedules[i]) if len(engine.schedules) == len(settings.profiles) else {}),
             }
-            for i, profile in enumerate(profiles)
+            for i, profile in enumerate(settings.profiles)
         ],
     }
 

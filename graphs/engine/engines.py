@@ -4,37 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from corral.graphs.engine.build import build_engine, sidecar
+from corral.graphs.engine.build import EngineSettings, build_engine, sidecar
+from corral.graphs.engine.finished import DIGEST, KEY, build_key, find_finished
 from corral.graphs.engine.profiles import profiles_for
 from corral.graphs.engine.tensorrt_module import check_installed
 from corral.graphs.hash_files import hash_files
 from corral.graphs.out_directory import locked, write_file
 from corral.spec.bundle import Bundle, open_bundle, remember_verified
 from corral.spec.errors import InputError
-from corral.spec.manifest import MANIFEST_NAME, EngineRecord, FileRecord, GraphRecord
+from corral.spec.manifest import MANIFEST_NAME, EngineRecord, FileRecord, GraphRecord, read_manifest
 from corral.spec.progress import Progress, silent
 from corral.spec.recipe import Recipe
 from corral.spec.target import TARGETS, target_named
 
 
-def build_engines(directory: str | Path, *, gpu: str = "", progress: Progress = silent) -> Bundle:
+def build_engines(directory: str | Path, *, gpu: str = "", fresh: bool = False, progress: Progress = silent) -> Bundle:
     """Build the engines of a bundle for `gpu` (as in a recipe; empty: the recipe's own) and list them in its manifest.
 
-    One engine a graph serves all the compute capabilities named together. An engine that is there for the same ones is
-    built again and replaced; others stay. Raises InputError for a bundle whose target has no engines or a GPU that it
-    does not build for, EnvironmentProblem without the package or memory, CheckFailed where a built engine is not as
-    it should be; the bundle is then as it was.
+    One engine a graph serves all the compute capabilities named together. One that is there, built of the same graph
+    and weights by the same version, is kept (with `fresh` built again), so that a call that was killed goes on; those
+    for other GPUs stay. Raises InputError for a bundle whose target has no engines or a GPU that it does not build for,
+    EnvironmentProblem without the package or memory, CheckFailed where a built engine is not as it should be; the
+    manifest is then as it was, and stages that were built before are kept for the next call.
     """
     bundle = open_bundle(directory, progress=progress)
     recipe = _recipe(bundle, gpu)
     target = target_named(recipe.target)
     assert target.engine is not None
     check_installed(target.engine)
+    settings = EngineSettings(
+        module=target.engine,
+        capabilities=recipe.capabilities,
+        profiles=profiles_for(recipe, bundle.manifest.kv),
+        weight_streaming=recipe.weight_streaming,
+    )
     with locked(bundle.directory):
-        built = [_build(bundle, graph, recipe, target.engine, progress) for graph in bundle.manifest.graphs]
+        built = [_build(bundle, graph, settings, fresh, progress) for graph in bundle.manifest.graphs]
         return _listed(bundle, recipe, [record for record, _ in built], [file for _, files in built for file in files])
+
+
+def waiting_for_engines(directory: Path, recipe: Recipe) -> Bundle | None:
+    """The bundle that a compile of `recipe` leaves when it is killed while it builds engines; None where there is none."""
+    try:
+        manifest = read_manifest(directory)
+    except InputError:
+        return None
+    mine = manifest.stage == "lowered" and manifest.recipe == recipe and manifest.corral == version("corral")
+    return Bundle(directory, manifest) if mine else None
 
 
 def _recipe(bundle: Bundle, gpu: str) -> Recipe:
@@ -58,30 +77,29 @@ def _recipe(bundle: Bundle, gpu: str) -> Recipe:
 
 
 def _build(
-    bundle: Bundle, graph: GraphRecord, recipe: Recipe, module: str, progress: Progress
+    bundle: Bundle, graph: GraphRecord, settings: EngineSettings, fresh: bool, progress: Progress
 ) -> tuple[EngineRecord, tuple[FileRecord, ...]]:
-    capabilities = recipe.capabilities
-    stem = f"{PurePosixPath(graph.path).stem}.{'-'.join('sm' + c.replace('.', '') for c in capabilities)}"
-    progress(f"build {stem}.engine", 0, 0, "")
-    profiles = profiles_for(recipe, bundle.manifest.kv)
-    engine = build_engine(
-        bundle.path(graph.path),
-        f"{stem}.engine",
-        module=module,
-        capabilities=capabilities,
-        profiles=profiles,
-    )
-    about = sidecar(engine, graph=graph.path, capabilities=capabilities, profiles=profiles)
-    write_file(bundle.directory, f"{stem}.engine.json", (json.dumps(about, indent=1) + "\n").encode())
+    stem = f"{PurePosixPath(graph.path).stem}.{'-'.join('sm' + c.replace('.', '') for c in settings.capabilities)}"
+    engine, beside = f"{stem}.engine", f"{stem}.engine.json"
+    key = build_key(bundle, graph.path, settings)
+    found = None if fresh else find_finished(bundle, engine, beside, key, progress)
+    if found is None:
+        progress(f"build {engine}", 0, 0, "")
+        about = sidecar(build_engine(bundle.path(graph.path), engine, settings), graph.path, settings)
+        (file,) = hash_files(bundle.directory, [engine], progress=progress)
+        about |= {KEY: key, DIGEST: file.sha256}
+        write_file(bundle.directory, beside, (json.dumps(about, indent=1) + "\n").encode())
+        found = about, file
+    about, file = found
     record = EngineRecord(
-        path=f"{stem}.engine",
-        sidecar=f"{stem}.engine.json",
+        path=engine,
+        sidecar=beside,
         graph=graph.path,
-        capabilities=capabilities,
-        built_with=engine.built.built_with,
-        profiles=tuple(profile.name for profile in profiles),
+        capabilities=settings.capabilities,
+        built_with=about["built_with"],
+        profiles=tuple(profile.name for profile in settings.profiles),
     )
-    return record, hash_files(bundle.directory, [record.path, record.sidecar], progress=progress)
+    return record, (file, *hash_files(bundle.directory, [beside]))
 
 
 def _listed(bundle: Bundle, recipe: Recipe, engines: list[EngineRecord], files: list[FileRecord]) -> Bundle:

@@ -12,13 +12,14 @@ import mmap
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-WINDOW = 16 << 20  # bytes without text after which there is none
 TEXT = re.compile(rb"[\t\n\r\x20-\x7e]{32,}")
 # Each schedule begins so; those within a kernel that is fused where the engine runs have no memory of a user's.
-SCHEDULE = re.compile(rb"\n  n_accelerators = ")
+SCHEDULE = b"\n  n_accelerators = "
+GAP = 4096  # bytes; between two texts of a schedule there are fewer
 HEAD_END = b"\ndescriptors {"
 KERNEL = re.compile(
     rb"\n\s*(?P<kind>function|fully_connected|runtime_fusion)=\{ name=\"?(?P<name>[^\s\"]+)\"? [^\n]*?\n?"
@@ -103,25 +104,40 @@ class Schedule:
 
 def read_schedules(engine: Path) -> list[Schedule]:
     """The schedules of an engine, in its profiles' order; empty where its text is not as expected."""
-    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        text = plan[: max((end for _, end in _texts(plan)), default=0)]
-    starts = [match.start() for match in SCHEDULE.finditer(text)]
-    sections = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=False)]
+    with _mapped(engine) as plan:
+        sections = [plan[start:end] for start, end in _sections(plan)]
     return [_schedule(section) for section in sections if REGION.search(section[: section.find(HEAD_END)])]
 
 
 def weight_bytes(engine: Path) -> int:
     """Bytes of an engine that are not its schedules' text: its weights and very little else."""
+    with _mapped(engine) as plan:
+        return len(plan) - sum(end - start for start, end in _sections(plan))
+
+
+@contextmanager
+def _mapped(engine: Path) -> Iterator[mmap.mmap]:
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        return len(plan) - sum(end - start for start, end in _texts(plan))
+        yield plan
 
 
-def _texts(plan: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Where text stands. Weights come after it, and are not searched to their end."""
-    position = 0
-    while match := TEXT.search(plan, position, min(len(plan), position + WINDOW)):
-        yield match.span()
-        position = match.end()
+def _sections(plan: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Where the schedules lie, each to the next one's begin or to the end of text: weights follow, and they are large."""
+    start, end = plan.find(SCHEDULE), 0
+    while start >= 0:
+        if start >= end:
+            end = _text_end(plan, start)
+        following = plan.find(SCHEDULE, start + 1, end)
+        yield start, end if following < 0 else following
+        start = following if following >= 0 else plan.find(SCHEDULE, end)
+
+
+def _text_end(plan: mmap.mmap, start: int) -> int:
+    """Where text ends that has no gap of more than GAP bytes. Looks no further: weights are many GB of anything."""
+    end = start
+    while (match := TEXT.search(plan[end : end + 2 * GAP])) is not None and match.start() <= GAP:
+        end += match.end()
+    return end
 
 
 def _schedule(text: bytes) -> Schedule:

@@ -18,6 +18,7 @@ from typing import Any
 
 from corral.graphs.engine.mapped_weights import MappedWeights
 from corral.graphs.engine.tensorrt_module import TensorRT, load_tensorrt
+from corral.graphs.engine.timing_cache import keep_timing_cache, read_timing_cache
 
 ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 Shapes = dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]  # input -> least, likely, largest
@@ -32,6 +33,8 @@ class EngineJob:
     out: str
     capabilities: tuple[str, ...]
     profiles: tuple[Shapes, ...]
+    weight_streaming: bool = False
+    timing_cache: str = ""  # a file, for a module that keeps one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,10 +91,14 @@ def _build(tensorrt: TensorRT, job: EngineJob) -> Built:
         return Built(built_with=tensorrt.name, error="; ".join(refused or words))
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the engine would not name its layers
+    if job.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if tensorrt.flavor.named_capabilities:
         config.num_compute_capabilities = len(job.capabilities)
         for i, capability in enumerate(job.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), i)
+    if job.timing_cache:
+        read_timing_cache(config, Path(job.timing_cache))
     for shapes in job.profiles:
         profile = builder.create_optimization_profile()
         for name, sizes in shapes.items():
@@ -108,9 +115,12 @@ def _build(tensorrt: TensorRT, job: EngineJob) -> Built:
 
         with weights.giving_back():
             done = builder.build_serialized_network_to_stream(network, config, Writer())
+        os.fsync(file.fileno())  # its sidecar, which says that it is finished, must not outlive it
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if not done:
         return Built(built_with=tensorrt.name, peak_memory_bytes=peak, error="; ".join(words) or "no reason given")
+    if job.timing_cache:
+        keep_timing_cache(config, Path(job.timing_cache))
     return Built(
         built_with=tensorrt.name,
         inputs=tuple(_describe(network.get_input(i)) for i in range(network.num_inputs)),

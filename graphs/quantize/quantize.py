@@ -14,9 +14,11 @@ from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.quantize.embedding_table import quantize_embedding
 from corral.graphs.quantize.fp8_weight import write_fp8
 from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
+from corral.model.checkpoint.names import EMBEDDING
 from corral.spec.errors import InputError
 from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, in_words, scheme_named
 from corral.spec.recipe import Recipe
@@ -38,7 +40,7 @@ def quantize_weights(work: ModelAndPlan) -> bool:
     another way, unless the recipe says `requantize`, and where a rule of the recipe matches no matrix.
     """
     entries = list(work.plan)
-    matrices = [entry for entry in entries if kind_of(entry.weight).quantized]
+    matrices = [entry for entry in entries if kind_of(entry.weight).quantized or entry.weight == EMBEDDING]
     for rule in work.recipe.rules:
         if not any(rule.matches(entry.weight) for entry in matrices):
             raise InputError(
@@ -49,7 +51,9 @@ def quantize_weights(work: ModelAndPlan) -> bool:
     for entry in entries:
         recipe = work.recipe.of(entry.weight)
         scheme = scheme_named(recipe.weights)
-        if kind_of(entry.weight).quantized and scheme.bits is not None:
+        if entry.weight == EMBEDDING:
+            changed |= quantize_embedding(work, entry)
+        elif kind_of(entry.weight).quantized and scheme.bits is not None:
             if scheme.is_float:
                 _quantize_fp8(work, entry, recipe, scheme.dtype)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.store import TensorInfo
@@ -19,11 +20,21 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
     for name in sorted(tensors):
         for info in _stored(tensors[name]):
             digest.update(f"{info.name} {info.dtype} {info.shape} {info.published} {info.file.name}\n".encode())
-    for file in sorted({file for tensor in tensors.values() for info in _stored(tensor) for file in info.files}):
-        if file.exists():  # values may come from elsewhere than from files
-            found = file.stat()
-            digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    for file in _files(checkpoint):
+        found = file.stat()
+        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def last_change(checkpoint: Checkpoint) -> int:
+    """When the newest file of weights was written, in nanoseconds; 0 where there are no files."""
+    return max((file.stat().st_mtime_ns for file in _files(checkpoint)), default=0)
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    tensors = checkpoint.tensors.values()
+    files = {file for tensor in tensors for info in _stored(tensor) for file in info.files}
+    return sorted(file for file in files if file.exists())  # values may come from elsewhere than from files
 
 
 def _stored(tensor: TensorInfo) -> Iterator[TensorInfo]:

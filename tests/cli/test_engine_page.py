@@ -158,7 +158,9 @@ def test_weights_that_are_left_dequantized_are_listed_with_what_they_take(corral
     decode, prefill = SIDECAR["profiles"]
     put_sidecar(engine_bundle, SIDECAR | {"profiles": [decode | {"unfused_weights": kernels}, prefill]})
     said = corral("inspect", engine_bundle, "--engine").stdout
-    (row,) = [line.split() for line in said.splitlines() if "experts.down_proj.DequantizeLinear" in line and "4.1" in line]
+    (row,) = [
+        line.split() for line in said.splitlines() if "experts.down_proj.DequantizeLinear" in line and "4.1" in line
+    ]
     assert row == ["2", "feed_forward.experts.down_proj.DequantizeLinear", "4.1", "kB", "36.9", "kB"]
 
 

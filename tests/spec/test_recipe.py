@@ -89,7 +89,6 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
             {"target": "tensorrt", "method": "awq", "rules": [{"matrices": "lm_head", "weights": "fp8"}]},
             r'rule for "lm_head": method awq scales inputs that matrices share',
         ),
-        ({"kernels": "corral", "rules": [{"matrices": "*", "weights": "int8"}]}, r'rule for "\*": kernels "corral"'),
         ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
     ],
     ids=str,

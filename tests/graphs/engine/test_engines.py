@@ -16,7 +16,7 @@ import pytest
 
 from corral.graphs import compile
 from corral.graphs.engine import build
-from corral.graphs.engine.build import build_engine
+from corral.graphs.engine.build import EngineSettings, build_engine
 from corral.graphs.engine.engines import build_engines
 from corral.graphs.engine.profiles import Profile, profiles_for
 from corral.graphs.engine.schedule import Kernel, Schedule
@@ -159,7 +159,7 @@ def test_two_builds_are_equal_and_a_second_gpu_is_added_beside_the_first(
     bundle = tmp_path / "copy"
     shutil.copytree(built("int4", "rtx4090"), bundle)
     before = {record.path: record.sha256 for record in open_bundle(bundle).manifest.files}
-    build_engines(bundle, gpu="8.9")
+    build_engines(bundle, gpu="8.9", fresh=True)
     assert {record.path: record.sha256 for record in open_bundle(bundle).manifest.files} == before
     manifest = build_engines(bundle, gpu="rtx5090").manifest
     assert [engine.capabilities for engine in manifest.engines] == [("8.9",), ("12.0",)]
@@ -203,8 +203,9 @@ def test_what_the_builder_refuses_is_said_in_its_words_and_leaves_nothing(tmp_pa
     text = '<ir_version: 10, opset_import: ["": 24]> g (float[batch, 4] x) => (int64[2, n] y) { y = NonZero(x) }'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
     profile = Profile(name="any", axes={"batch": (1, 2, 4)})
+    settings = EngineSettings(module="tensorrt_rtx", capabilities=("8.9",), profiles=(profile,))
     with pytest.raises(CheckFailed, match=r"tensorrt_rtx 1\.7\S* builds no engine of .*g\.onnx"):
-        build_engine(tmp_path / "g.onnx", "g.engine", module="tensorrt_rtx", capabilities=["8.9"], profiles=[profile])
+        build_engine(tmp_path / "g.onnx", "g.engine", settings)
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
 
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from corral.graphs.engine.build import build_engine
+from corral.graphs.engine.build import EngineSettings, build_engine
 from corral.graphs.engine.fp8_products import fp8_products
 from corral.graphs.engine.profiles import Profile
 from corral.spec.errors import CheckFailed
@@ -19,10 +19,11 @@ from corral.spec.errors import CheckFailed
 pytest.importorskip("tensorrt_rtx")
 
 INPUTS, OUTPUTS = 256, 512
-PROFILES = [
+PROFILES = (
     Profile(name="decode", axes={"blocks": (1, 1, 8), "rows": (1, 1, 1)}),
     Profile(name="prefill", axes={"blocks": (1, 16, 32), "rows": (1, 64, 64)}),
-]
+)
+SETTINGS = EngineSettings(module="tensorrt_rtx", capabilities=("8.9",), profiles=PROFILES)
 Node = tuple[str, list[str], str]  # operator, inputs, output
 ROUND_X: list[Node] = [
     ("QuantizeLinear", ["x", "x_scale", "zero"], "x8"),
@@ -69,9 +70,7 @@ def test_products_are_found_behind_whatever_stands_between(tmp_path: Path) -> No
 
 def test_fp8_in_both_operands_passes(tmp_path: Path) -> None:
     save(SOUND, tmp_path / "g.onnx")
-    engine = build_engine(
-        tmp_path / "g.onnx", "g.engine", module="tensorrt_rtx", capabilities=["8.9"], profiles=PROFILES
-    )
+    engine = build_engine(tmp_path / "g.onnx", "g.engine", SETTINGS)
     for schedule in engine.schedules:
         (product,) = (kernel for kernel in schedule.kernels if any("MatMul" in layer for layer in kernel.layers))
         assert [operand.type for operand in product.reads].count("fp8_e4m3") == 2
@@ -82,5 +81,5 @@ def test_a_silent_fallback_to_float_is_refused_and_the_engine_not_kept(tmp_path:
     save(nodes, tmp_path / "g.onnx")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckFailed, match=r"multiplies proj\.MatMul\.\w+ of fp8_e4m3, half, expected two"):
-        build_engine(tmp_path / "g.onnx", "g.engine", module="tensorrt_rtx", capabilities=["8.9"], profiles=PROFILES)
+        build_engine(tmp_path / "g.onnx", "g.engine", SETTINGS)
     assert sorted(tmp_path.iterdir()) == before
