@@ -105,3 +105,6 @@ def _show(machine: Machine) -> None:
     click.echo()
     columns = ("target", "compiles here", "builds engines here", "for compute capability", "runs here")
     print_table(Table(columns=columns, rows=targets))
+    for target in TARGETS.values():
+        if lacking := machine.lacks(target):
+            click.echo(f"   {target.name} needs here: {'; '.join(lacking)}")

@@ -67,13 +67,22 @@ class Machine:
         """Whether all packages that `needed_by` ("corral", "compile") asks for are there and new enough."""
         return all(package.ok for package in self.packages if package.needed_by == needed_by)
 
-    def can_run(self, target: Target) -> bool:
-        if target.engine and self.gpu_capability not in target.capabilities:
-            return False
+    def lacks(self, target: Target) -> tuple[str, ...]:
+        """What keeps bundles for a target from running here, in a few words each; nothing where they run."""
         seen = {package.name: package.installed for package in self.packages}
         versions = {name: seen.get(name, _version(name)) for name, _ in target.requires}
-        enough = all((found := versions[n]) and release(found) >= release(v) for n, v in target.requires)
-        return enough and self.has("corral") and not self.conflicts
+        enough = {name: (found := versions[name]) and release(found) >= release(v) for name, v in target.requires}
+        lacking = [f"{name} {least} or newer" for name, least in target.requires if not enough[name]]
+        if target.engine and self.gpu_capability not in target.capabilities:
+            lacking.append(f"a GPU of compute capability {', '.join(target.capabilities)}")
+        elif target.provider == "cuda" and not self.gpu:
+            lacking.append("an NVIDIA GPU")
+        if not self.has("corral") or self.conflicts:
+            lacking.append("the packages of corral itself")
+        return tuple(lacking)
+
+    def can_run(self, target: Target) -> bool:
+        return not self.lacks(target)
 
     @property
     def can_compile(self) -> bool:

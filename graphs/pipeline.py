@@ -72,6 +72,19 @@ LOWER: dict[str, Phase] = {
             name_nodes,
         ),
     ),
+    "cuda": Phase(
+        "lower",
+        (
+            lower_attention,
+            lower_moe,
+            lower_matmul,
+            merge_matmul,
+            clean_up,
+            lower_precision,
+            clean_up,
+            name_nodes,
+        ),
+    ),
     "tensorrt-rtx": TENSORRT,
     "tensorrt": TENSORRT,
 }

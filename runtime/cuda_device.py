@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from corral.spec.errors import CorralError, EnvironmentProblem
 
-PIP = 'pip install "corral[tensorrt-rtx]"'  # cuda-bindings, in the version that goes with the rest
+PIP = 'pip install "cuda-bindings>=13.0,<13.1"'
 NO_GPU = ("cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorStubLibrary", "cudaErrorInitializationError")
 OUT_OF_MEMORY = "cudaErrorMemoryAllocation"
 
@@ -161,7 +161,7 @@ def _import_cuda() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise EnvironmentProblem(
-            f"engines run through the package cuda-bindings, and it does not import: {error}. Run `{PIP}`."
+            f"GPUs are used through the package cuda-bindings, and it does not import: {error}. Run `{PIP}`."
         ) from None
 
 

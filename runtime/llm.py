@@ -23,6 +23,7 @@ from corral.spec.errors import InputError
 from corral.spec.manifest import Manifest
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
+from corral.spec.target import target_named
 
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 Prompt = str | TokenIds
@@ -200,11 +201,15 @@ class LLM:
 
 
 def _open_session(bundle: Bundle, provider: str, threads: int | None) -> Session:
-    """What computes a bundle: the GPU that its engines are for, or ONNX Runtime (which `provider` and `threads` are for)."""
+    """What computes a bundle: the GPU that its engines are for, or ONNX Runtime on what its target is for."""
     if bundle.manifest.engines:
         from corral.runtime.tensorrt_session import TensorRTSession
 
         return TensorRTSession(bundle)
+    if target_named(bundle.manifest.recipe.target).provider == "cuda":
+        from corral.runtime.onnxruntime_cuda_session import OnnxRuntimeCudaSession
+
+        return OnnxRuntimeCudaSession(bundle, threads=threads)
     return OnnxRuntimeSession(bundle, provider=provider, threads=threads)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from corral.kernels import find_library
-from corral.runtime.session import Cache, CacheView, Float32, Step
+from corral.runtime.session import CacheView, Float32, Step
 from corral.runtime.stage_io import stage_io
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle
@@ -22,7 +22,8 @@ from corral.spec.cpu_ops import LIBRARY
 from corral.spec.errors import CorralError, EnvironmentProblem, InputError
 from corral.spec.manifest import GraphRecord
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+# The last one takes what those before it have no kernel for.
+PROVIDERS = {"cpu": ("CPUExecutionProvider",), "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider")}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Tap:
 
 class OnnxRuntimeGraph:
     """Runs one range of layers. `mapped` leaves the weights in the file as they are: little memory, and slow kernels."""
+
+    reads_bound_memory = True  # at each run, so that arrays may stay bound
 
     def __init__(
         self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool, tap: Tap | None = None
@@ -52,7 +55,7 @@ class OnnxRuntimeGraph:
         outputs = [value.name for value in self._session.get_outputs() if not tap or value.name not in tap.values]
         self._io.check(self._where, inputs, outputs)
         self._binding: Any = None
-        self._bound: CacheView[Cache] | None = None
+        self._bound: CacheView[Any] | None = None
         self._shapes: tuple[tuple[int, ...], ...] = ()  # of the arrays that are bound
         self._inputs: dict[str, np.ndarray[Any, Any]] = {}
         self._output: Float32 = np.empty(0, np.float32)
@@ -72,7 +75,7 @@ class OnnxRuntimeGraph:
             inputs[graph_io.LOGIT_ROWS] = step.logit_rows_BR
         try:
             if step.caches is not self._bound:
-                self._bind_caches(step.caches)
+                self._bind_caches(step.caches, len(step.positions_BS))
             shapes = (hidden_BSH.shape, step.logit_rows_BR.shape)
             if shapes != self._shapes:
                 self._bind_arrays(inputs, shapes)
@@ -87,7 +90,7 @@ class OnnxRuntimeGraph:
                 self.tapped = {name: v.numpy() for name, v in zip(self._tap.values, bound, strict=True)}
         except Exception as error:
             raise self._run_error(error) from None
-        if step.logit_rows_BR.shape[1] > 1:
+        if step.logit_rows_BR.shape[1] > 1 or not self.reads_bound_memory:
             self._shapes = ()
         return self._output
 
@@ -96,14 +99,17 @@ class OnnxRuntimeGraph:
         self._binding = self._bound = None
         self._shapes, self._inputs, self._output = (), {}, np.empty(0, np.float32)
 
-    def _bind_caches(self, caches: CacheView[Cache]) -> None:
+    def _bind_caches(self, caches: CacheView[Any], batch: int) -> None:
         self._binding, self._bound, self._shapes = self._session.io_binding(), caches, ()
-        for layer in self._io.layers:
-            key, value = self._ort_value(caches.keys[layer]), self._ort_value(caches.values[layer])
-            self._binding.bind_ortvalue_input(graph_io.past_key(layer), key)
-            self._binding.bind_ortvalue_output(graph_io.present_key(layer), key)
-            self._binding.bind_ortvalue_input(graph_io.past_value(layer), value)
-            self._binding.bind_ortvalue_output(graph_io.present_value(layer), value)
+        for i in self._io.layers:
+            self._bind_cache(i, graph_io.past_key(i), graph_io.present_key(i), caches.keys[i], batch)
+            self._bind_cache(i, graph_io.past_value(i), graph_io.present_value(i), caches.values[i], batch)
+
+    def _bind_cache(self, layer: int, past: str, present: str, rows: Any, batch: int) -> None:
+        """Bind one of a layer's caches, of `batch` sequences, as input and output."""
+        value = self._ort_value(rows)
+        self._binding.bind_ortvalue_input(past, value)
+        self._binding.bind_ortvalue_output(present, value)
 
     def _bind_arrays(self, inputs: Mapping[str, np.ndarray[Any, Any]], shapes: tuple[tuple[int, ...], ...]) -> None:
         """Bind arrays like `inputs`, and one for the result, that stay bound: a decode step then binds nothing."""
@@ -141,7 +147,7 @@ class OnnxRuntimeGraph:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             model = self._tap.model if self._tap else self._where
-            return self._ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
+            return self._ort.InferenceSession(model, options, providers=list(PROVIDERS[provider]))
         except Exception as error:
             if _out_of_memory(error):
                 raise EnvironmentProblem(f"{self._where} does not fit into memory: {_first_line(error)}") from None

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from corral.runtime.kv_cache import KvCache
-from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph, Tap
+from corral.runtime.onnxruntime_graph import OnnxRuntimeGraph, Tap
 from corral.runtime.requirements import check_requirements
 from corral.runtime.session import Float32, Step
 from corral.runtime.stage_io import check_stages
@@ -47,10 +47,11 @@ class OnnxRuntimeSession:
         tap: Callable[[GraphRecord], Tap] | None = None,
     ) -> None:
         check_requirements(bundle.manifest.requires)
-        if provider not in PROVIDERS:
-            raise InputError(f"provider is {provider!r}, expected one of {', '.join(PROVIDERS)}.")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise InputError(f"threads is {threads!r}, expected a whole number of at least 1.")
+        if provider != "cpu":
+            raise InputError(
+                f"provider is {provider!r}, expected cpu for this bundle. One for a GPU is compiled with --target cuda."
+            )
+        check_threads(threads)
         check_stages(bundle)
         # corral's own kernels copy no weights: they read them where the file is mapped.
         mapped = LIBRARY not in bundle.manifest.requires and not _fits(bundle)
@@ -83,6 +84,12 @@ class OnnxRuntimeSession:
     def release(self) -> None:
         for graph in self._graphs:
             graph.release()
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError unless it is a number of threads, or None for as many as there are cores."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {threads!r}, expected a whole number of at least 1.")
 
 
 def _fits(bundle: Bundle) -> bool:

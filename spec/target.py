@@ -23,6 +23,7 @@ class Target:
     opset: int  # of the default ONNX domain
     kernels: tuple[str, ...] = ("stock",)  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4
     kv_dtype: str = "float32"  # of the caches
+    provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -36,6 +37,8 @@ RTX_CAPABILITIES = {
 }
 # What NVIDIA's support matrix says of TensorRT 11. Nothing of it was tried: it needs a GPU to build.
 TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4", "fp8"), "10.0": ("fp16", "int4", "fp8")}
+# What onnxruntime-gpu 1.31.1 holds code for: read from its library, nothing of it tried.
+CUDA_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "12.0")
 
 
 TARGETS = {
@@ -55,6 +58,15 @@ TARGETS = {
             requires=(("onnxruntime", "1.31"),),
             opset=24,
             kernels=("stock", "corral"),
+        ),
+        Target(
+            name="cuda",
+            description="ONNX Runtime's CUDA kernels: QMoE, MatMulNBits, GroupQueryAttention in 16 bits",
+            weights=("int4",),
+            requires=(("onnxruntime-gpu", "1.31"), ("cuda-bindings", "13.0")),
+            opset=24,
+            kv_dtype="float16",
+            provider="cuda",
         ),
         Target(
             name="tensorrt-rtx",
@@ -97,7 +109,7 @@ def check_capability(target: Target, capability: str, weights: str) -> None:
         )
     if capability not in target.capabilities:
         others = [other.name for other in TARGETS.values() if capability in other.capabilities]
-        others += [name for name in ("cuda",) if name in TARGETS]
+        others += ["cuda (without --gpu: it has no engines)"] if capability in CUDA_CAPABILITIES else []
         remedy = f"Use --target {' or '.join(others)} for it." if others else "No target of this version does."
         raise InputError(
             f"target {target.name} builds no engines for compute capability {capability}; "

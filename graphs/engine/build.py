@@ -113,7 +113,8 @@ def _check_memory(graph: Path, expected: int) -> None:
     if needed > free:
         raise EnvironmentProblem(
             f"building the engine of {graph} takes up to {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
-            "free. Build on a larger machine, or compile with more compressed weights."
+            "free. Compile in stages (--stage-gb 4, say): an engine each, one built after the other. Or build on a larger "
+            "machine."
         )
 
 

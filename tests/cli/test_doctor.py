@@ -80,7 +80,9 @@ def test_without_torch_bundles_run_and_nothing_is_broken(corral: Corral, monkeyp
     assert 'pip install "corral[compile]"' in corral("doctor").stdout
     can = compile_targets(machine)
     assert not any(here["compile"] or here["build"] for here in can.values())
-    assert all(here["run"] for name, here in can.items() if not TARGETS[name].engine)
+    assert all(
+        here["run"] for name, here in can.items() if TARGETS[name].provider == "cpu" and not TARGETS[name].engine
+    )
 
 
 def test_engines_run_where_the_gpu_is_one_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +91,17 @@ def test_engines_run_where_the_gpu_is_one_they_are_for(monkeypatch: pytest.Monke
     hopper = dataclasses.replace(GOOD, gpu="H200", gpu_capability="9.0")
     assert [compile_targets(machine)["tensorrt-rtx"]["run"] for machine in (ada, hopper, GOOD)] == [True, False, False]
     assert not compile_targets(hopper)["tensorrt"]["run"]  # its package is missing
+
+
+def test_doctor_says_what_a_target_lacks(corral: Corral, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"cuda-bindings": "13.0.3", "onnxruntime-gpu": None}
+    monkeypatch.setattr(machine_module, "_version", versions.get)
+    assert GOOD.lacks(TARGETS["cpu"]) == ()
+    assert GOOD.lacks(TARGETS["cuda"]) == ("onnxruntime-gpu 1.31 or newer", "an NVIDIA GPU")
+    monkeypatch.setattr(machine_module, "look_around", lambda: GOOD)
+    assert "cuda needs here: onnxruntime-gpu 1.31 or newer; an NVIDIA GPU" in corral("doctor").stdout
+    versions["onnxruntime-gpu"] = "1.31.1"
+    assert dataclasses.replace(GOOD, gpu="T4", gpu_capability="7.5").can_run(TARGETS["cuda"])
 
 
 def test_facts_come_from_proc_and_a_containers_limit_counts(tmp_path: Path) -> None:

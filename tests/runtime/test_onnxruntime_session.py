@@ -184,7 +184,7 @@ def test_a_bundle_larger_than_memory_runs_from_the_file_and_says_so(
 
 
 def test_an_unknown_provider_and_impossible_threads_are_refused(toy: Any) -> None:
-    with pytest.raises(InputError, match="provider is 'tpu', expected one of cpu"):
+    with pytest.raises(InputError, match="provider is 'tpu', expected cpu for this bundle"):
         LLM(toy, provider="tpu")
     with pytest.raises(InputError, match="threads is 0"):
         LLM(toy, threads=0)

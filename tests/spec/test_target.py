@@ -20,8 +20,9 @@ def test_gpus_are_chosen_by_name_or_number_each_once_lowest_first() -> None:
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
-        ({"gpu": "h100"}, r"capability 9\.0; it builds for 8\.0.*Use --target tensorrt for it"),
-        ({"gpu": "7.5", "weights": "int4"}, r"no engines for compute capability 7\.5"),
+        ({"gpu": "h100"}, r"capability 9\.0; it builds for 8\.0.*Use --target tensorrt or cuda \(without --gpu"),
+        ({"gpu": "7.5", "weights": "int4"}, r"for compute capability 7\.5; .*Use --target cuda \(without --gpu"),
+        ({"gpu": "6.1"}, r"compute capability 6\.1.*No target of this version does"),
         (
             {"gpu": "a100", "weights": "fp8"},
             r"8\.0 has no fp8 weights.*takes fp16, int4, and fp8 needs one of 8\.9, 12\.0",

@@ -1,4 +1,4 @@
-"""MatMul(x, DequantizeLinear(codes, scales)) -> com.microsoft.MatMulNBits with int8 activations (accuracy level 4)."""
+"""MatMul(x, DequantizeLinear(codes, scales)) -> com.microsoft.MatMulNBits, on the CPU with int8 activations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import onnx_ir as ir
 from onnx_ir import tape
 
-from corral.graphs.lower.onnxruntime.contrib import CONTRIB, INT8_DOT_PRODUCTS, import_contrib
+from corral.graphs.lower.onnxruntime.contrib import CONTRIB, accuracy_level, import_contrib
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.quantized_weight import QuantizedWeight, find_quantized
 from corral.spec.weight_plan import step
@@ -30,7 +30,7 @@ def lower_matmul(work: ModelAndPlan) -> bool:
                 "N": weight.codes.shape[1],
                 "bits": weight.bits,
                 "block_size": weight.group_size,
-                "accuracy_level": INT8_DOT_PRODUCTS,
+                "accuracy_level": accuracy_level(work),
             },
             domain=CONTRIB,
         )

@@ -3,7 +3,8 @@
     x * sigmoid(max logit) -> QMoE(k=1, normalized routing weights, so that the chosen expert's weight is 1)
 
 Exactly Llama 4's routed half for one expert per token. For k > 1 each of the k choices scales the input differently, so
-there is one such node a choice, routed by a one-hot row, and their sum.
+there is one such node a choice, routed by a one-hot row, and their sum. In 16 bits (CUDA) one expert is chosen so, too:
+rounded, two logits may be equal that were not.
 
 Both operators want expert matrices [outputs, inputs], gate and up rows interleaved, and their SwiGLU constants spelled
 out: the defaults are another model's.
@@ -19,10 +20,11 @@ from onnx_ir import tape
 
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
-from corral.graphs.lower.onnxruntime.contrib import CONTRIB, INT8_DOT_PRODUCTS, import_contrib
+from corral.graphs.lower.onnxruntime.contrib import CONTRIB, accuracy_level, import_contrib
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.quantized_weight import QuantizedWeight, find_quantized
 from corral.spec.errors import InputError
+from corral.spec.target import target_named
 from corral.spec.weight_plan import Entry, step
 
 SWIGLU: dict[str, int | float | str] = {
@@ -56,7 +58,7 @@ def _routed(build: tape.Tape, work: ModelAndPlan, node: ir.Node) -> ir.Value:
     k = node.attributes["k"].as_int()
     experts = _Experts(work, gate_up, down)
     last = work.constant(ir.tensor(np.array([-1]), name="last_axis"))
-    if k == 1:
+    if k == 1 and target_named(work.recipe.target).kv_dtype == "float32":
         return experts.visit(build, x, build.op("ReduceMax", [logits, last], {"keepdims": 1}), logits)
     how_many = work.constant(ir.tensor(np.array([k]), name="experts_per_token"))
     top, chosen = build.op_multi_out("TopK", [logits, how_many], {"axis": -1}, num_outputs=2)
@@ -90,8 +92,12 @@ class _Experts:
             self.attributes |= {
                 "expert_weight_bits": quantized[0].bits,
                 "block_size": quantized[0].group_size,
-                "accuracy_level": INT8_DOT_PRODUCTS,
+                "accuracy_level": accuracy_level(work),
             }
+            if target_named(work.recipe.target).provider == "cuda":
+                self.attributes["weights_prepacked"] = (
+                    0  # as here; by default CUDA expects CUTLASS's order of the bytes
+                )
             self.weights = [
                 *_stored_quantized(work, quantized[0], interleave=True),
                 None,

@@ -274,6 +274,14 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     return make
 
 
+@pytest.fixture
+def no_gpu() -> None:
+    """Skips where there is a GPU."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
+        pytest.skip("there is a GPU here")
+
+
 @pytest.fixture(scope="session")
 def engine_bundle(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> EngineBundle:
     """`engine_bundle("scout", weights="fp16", stages=1, tokens=16, rows=1)` -> a bundle whose engines are stand-ins.

@@ -124,13 +124,6 @@ def test_an_engine_of_another_stage(bundle: Bundle, install: Install) -> None:
     )
 
 
-@pytest.fixture
-def no_gpu() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime")
-    if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
-        pytest.skip("there is a GPU here")
-
-
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_the_real_thing_says_so(bundle: Bundle) -> None:
     with pytest.raises(EnvironmentProblem, match=r"CUDA finds no NVIDIA GPU .*--target cpu"):
@@ -139,7 +132,7 @@ def test_without_a_gpu_the_real_thing_says_so(bundle: Bundle) -> None:
 
 def test_without_cuda_bindings_the_pip_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(EnvironmentProblem, match=r'`pip install "corral\[tensorrt-rtx\]"`'):
+    with pytest.raises(EnvironmentProblem, match=r'`pip install "cuda-bindings>=13\.0,<13\.1"`'):
         LLM(bundle.directory)
 
 
