@@ -86,11 +86,12 @@ def show_written(bundle: Bundle, *, as_json: bool) -> None:
         print_json(summary(bundle))
         return
     recipe = bundle.manifest.recipe
+    weights = f"{recipe.weights} and others" if recipe.rules else recipe.weights
     what = {
         "exported": "graph and plan, no weights yet",
-        "quantized": f"graph and plan for {recipe.weights}, no weights yet",
-        "lowered": f"{recipe.weights} for target {recipe.target}, no engine yet",
-        "ready": f"{recipe.weights} for target {recipe.target}"
+        "quantized": f"graph and plan for {weights}, no weights yet",
+        "lowered": f"{weights} for target {recipe.target}, no engine yet",
+        "ready": f"{weights} for target {recipe.target}"
         + "".join(f", engine for {', '.join(engine.capabilities)}" for engine in bundle.manifest.engines),
     }[bundle.manifest.stage]
     print_table(coverage_table(bundle.manifest))

@@ -15,12 +15,12 @@ from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from corral.cli.engine_report import EngineReport, Left, ProfileReport, Sidecars
+from corral.cli.engine_report import EngineReport, ProfileReport, Sidecars
 from corral.cli.formats import TIMES, counted, size
 from corral.spec.gpus import GPUS
 
 if TYPE_CHECKING:
-    from corral.graphs.engine.schedule import Kernel, Written
+    from corral.graphs.engine.schedule import Kernel, Operand
     from corral.spec.bundle import Bundle
 
 OPEN_KERNELS = 200  # of a profile: beyond, its layers are folded
@@ -140,7 +140,7 @@ def _place(box: Box) -> str:
     return f"layer {max(numbers)}" if len(numbers) <= 2 else f"layers {min(numbers)} to {max(numbers)}"
 
 
-def _written(tensor: Left | Written) -> str:
+def _written(tensor: Operand) -> str:
     """Its sizes, with n for those that only a step decides, and its type."""
     sizes = [str(d) if isinstance(d, int) else "n" for d in tensor.shape]
     return f"{f' {TIMES} '.join(sizes) or 'one'} {tensor.type}"

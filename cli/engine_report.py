@@ -7,19 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from corral.graphs.engine.schedule import Kernel
+from corral.graphs.engine.schedule import Kernel, Operand
 from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
 from corral.spec.read_record import read_record
-
-
-@dataclass(frozen=True)
-class Left:
-    """A tensor left in memory; of the sizes that only a step decides, `known_bytes` counts one."""
-
-    shape: tuple[int | str, ...]
-    type: str
-    known_bytes: int
 
 
 @dataclass(frozen=True)
@@ -28,11 +19,17 @@ class Unfused:
 
     kernel: str
     layers: tuple[str, ...]
-    writes: tuple[Left, ...]
+    writes: tuple[Operand, ...]
 
     @property
     def known_bytes(self) -> int:
+        """For a block of rows."""
         return sum(tensor.known_bytes for tensor in self.writes)
+
+    @property
+    def most_bytes(self) -> int:
+        """In the largest step."""
+        return sum(tensor.most_bytes for tensor in self.writes)
 
 
 @dataclass(frozen=True, kw_only=True)

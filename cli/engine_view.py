@@ -55,12 +55,15 @@ def _show_profile(profile: ProfileReport) -> None:
 
 
 def _show_unfused(kernels: Sequence[Unfused]) -> None:
-    if kernels:
-        largest = max(kernel.known_bytes for kernel in kernels)
-        click.echo(
-            f"\n   {len(kernels)} kernels write dequantized weights to memory, up to {size(largest)} for each block of "
-            "rows; products read them back."
-        )
+    """Every kernel that leaves dequantized weights in memory, equal ones of several layers as one row."""
+    if not kernels:
+        return
+    click.echo(
+        "\n   Kernels that write dequantized weights to memory, for products to read them back, in the largest step:\n"
+    )
+    groups = Counter((_without_layer(k.layers), k.known_bytes, k.most_bytes) for k in kernels if k.writes)
+    rows = [(str(count), layers, size(block), size(most)) for (layers, block, most), count in groups.items()]
+    print_table(Table(columns=("times>", "ONNX nodes", "a block of rows>", "at most>"), rows=rows))
 
 
 def _without_layer(layers: Sequence[str]) -> str:

@@ -34,9 +34,22 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write its engines as a page to this file: the whole inside.",
 )
+@click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    help="Write one step's inputs of its (first) graph to this file, for Polygraphy's --load-inputs.",
+)
 @click.option("--verify", is_flag=True, help="Hash every file first.")
 @json_option
-def command(bundle: Path, name: str | None, views: str | None, page: Path | None, verify: bool, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    name: str | None,
+    views: str | None,
+    page: Path | None,
+    inputs: Path | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
     """Show what a BUNDLE is, or the inside of one .engine file of it."""
     from corral.cli.progress import show_progress
     from corral.cli.tables import print_json
@@ -51,10 +64,15 @@ def command(bundle: Path, name: str | None, views: str | None, page: Path | None
         if views not in (None, "engine"):
             raise InputError(f"--html shows engines, and --{views} asks for something else. Leave one of them out.")
         views = "engine"
+    if inputs is not None and (views is not None or as_json):
+        raise InputError("--inputs writes a file and shows nothing. Leave the other options out.")
     with show_progress() as progress:
         opened = open_bundle(bundle, verify=verify, progress=progress)
     if page is not None:
         _write_page(opened, name, page)
+        return
+    if inputs is not None:
+        _write_inputs(opened, inputs)
         return
     data, show = VIEWS[views or "summary"](opened, name)
     if as_json:
@@ -68,19 +86,31 @@ def command(bundle: Path, name: str | None, views: str | None, page: Path | None
 def _write_page(bundle: Bundle, name: str | None, page: Path) -> None:
     from corral.cli.engine_page import engine_page
     from corral.cli.engine_report import read_sidecars
+
+    html = engine_page(bundle, read_sidecars(bundle, name)).encode()
+    _write(page, "--html", html, "complete by itself; open it in a browser")
+
+
+def _write_inputs(bundle: Bundle, file: Path) -> None:
+    from corral.validate.polygraphy_inputs import polygraphy_file
+
+    graph = bundle.path(bundle.manifest.graphs[0].path)
+    _write(file, "--inputs", polygraphy_file(bundle), f"for `polygraphy run {graph} --onnxrt --load-inputs {file}`")
+
+
+def _write(path: Path, option: str, data: bytes, use: str) -> None:
     from corral.cli.formats import size
     from corral.graphs.out_directory import write_file
     from corral.spec.errors import EnvironmentProblem, InputError
 
-    html = engine_page(bundle, read_sidecars(bundle, name)).encode()
-    if page.is_dir() or not page.parent.is_dir():
-        found = "is a directory" if page.is_dir() else "lies in no such directory"
-        raise InputError(f"--html {page} {found}, expected the name of a file in a directory that is there.")
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a directory" if path.is_dir() else "lies in no such directory"
+        raise InputError(f"{option} {path} {found}, expected the name of a file in a directory that is there.")
     try:
-        write_file(page.parent, page.name, html)
+        write_file(path.parent, path.name, data)
     except OSError as error:
-        raise EnvironmentProblem(f"{page} cannot be written: {error}. Choose another --html.") from None
-    click.echo(f"{page}: {size(len(html))}, complete by itself; open it in a browser")
+        raise EnvironmentProblem(f"{path} cannot be written: {error}. Choose another {option}.") from None
+    click.echo(f"{path}: {size(len(data))}, {use}")
 
 
 # What a view is: its JSON, and a function that prints it for a person.

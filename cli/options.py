@@ -32,7 +32,7 @@ def part_of(checkpoint: Path, layers: str | None) -> Path:
     return checkpoint if layers is None else checkpoint.with_name(f"{checkpoint.name}?layers={layers}")
 
 
-# What the recipe's keys mean; a test holds it complete.
+# What the recipe's keys mean; a test holds it complete. Rules are for files.
 RECIPE_HELP = {
     "target": f"Where it will run: {', '.join(TARGETS)}.",
     "weights": f"How weight matrices are stored: {', '.join(SCHEMES)}.",
@@ -54,7 +54,7 @@ RECIPE_HELP = {
 
 def recipe_options(command: F) -> F:
     """`--recipe FILE`, and an option for each key of a recipe; `chosen_recipe` reads them."""
-    for field in reversed(dataclasses.fields(Recipe)):
+    for field in reversed([field for field in dataclasses.fields(Recipe) if field.name in RECIPE_HELP]):
         flag = isinstance(field.default, bool)
         command = click.option(
             f"--{field.name.replace('_', '-')}",

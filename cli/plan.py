@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,10 +120,9 @@ def _exact(checkpoint: Path, target: str, weights: str, group_size: int) -> int:
 
     preset = str(checkpoint) in PRESETS and not checkpoint.is_dir()
     source = open_checkpoint(f"synthetic:{checkpoint}" if preset else checkpoint, weights=False)
-    return sum(
-        entry.nbytes
-        for entry in lower(source, Recipe(target=target, weights=weights, group_size=group_size, requantize=True)).plan
-    )
+    recipe = Recipe(target=target, weights=weights, group_size=group_size, requantize=True)
+    any_range = defaultdict[str, float](lambda: 1.0)  # sizes do not depend on it
+    return sum(entry.nbytes for entry in lower(source, recipe, ranges=any_range).plan)
 
 
 def _show(title: str, config: ModelConfig, builds: dict[str, Estimate], data: dict[str, Any]) -> None:

@@ -12,9 +12,14 @@ from corral.cli.tables import Table, print_table
 
 if TYPE_CHECKING:
     from corral.validate.latency import Latency
-    from corral.validate.report import Report
+    from corral.validate.layers import Fidelity
+    from corral.validate.report import CandidateResult, ReferenceResult, Report
+    from corral.validate.statistics import Quantile
 
 COLUMNS = ("build", "size>", "KL, nats>", "same top-1>", "perplexity>", "tokens/s>", "first token>")
+LAYER_COLUMNS = (
+    "layer", "attention>", "feed-forward>", "worst expert>", "after>", "same experts>", "experts visited>",
+)  # fmt: skip
 
 
 def report_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
@@ -56,6 +61,69 @@ def show_report(report: Report, names: Mapping[str, str] | None = None) -> None:
         f"{measured.decode_tokens} out, batch 1, {measured.provider}, "
         f"{measured.threads} thread{'s' if measured.threads > 1 else ''}."
     )
+    greedy = [f"{c.name} {c.greedy.median:g}" for c in report.candidates]
+    tokens = report.candidates[0].greedy.tokens if report.candidates else 0
+    click.echo(
+        f"   Greedy text, tokens alike before the first that differs (median, of {tokens}): {', '.join(greedy)}.\n"
+    )
+    print_table(latency_table(report, names))
+    _show_insides(report)
+
+
+def latency_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
+    """One row for each build that was timed: percentiles with their 95 % confidence intervals."""
+    timed: list[ReferenceResult | CandidateResult] = [report.reference, *report.candidates]
+    rows = [
+        (
+            (names or {}).get(result.name, result.name),
+            *(_milliseconds(getattr(result.latency.between_tokens, share)) for share in ("p50", "p95", "p99")),
+            _milliseconds(result.latency.first_tokens.p50),
+        )
+        for result in timed
+        if result.latency
+    ]
+    return Table(columns=("ms", "a token, p50>", "p95>", "p99>", "first token, p50>"), rows=rows)
+
+
+def _milliseconds(found: Quantile | None) -> str:
+    if found is None:
+        return "too few samples"
+    value, low, high = (1000 * seconds for seconds in (found.value, found.low, found.high))
+    return f"{value:.2f} ({low:.2f}{DASH}{high:.2f})"
+
+
+def layers_table(candidate: CandidateResult) -> Table:
+    """One row a layer: signal-to-noise of each part, and how often the candidate chooses the same experts."""
+    insides = candidate.insides
+    assert insides is not None
+    rows = [
+        (
+            str(layer.layer),
+            _decibels(layer.attention),
+            _decibels(layer.feed_forward),
+            _decibels(min((e.answer for e in layer.experts if e.both), key=lambda a: a.signal_to_noise, default=None)),
+            _decibels(layer.after),
+            UNKNOWN if layer.router_agreement is None else percent(layer.router_agreement),
+            UNKNOWN if layer.expert_coverage is None else percent(layer.expert_coverage),
+        )
+        for layer in insides.layers
+    ]
+    return Table(columns=LAYER_COLUMNS, rows=rows)
+
+
+def _show_insides(report: Report) -> None:
+    for candidate in report.candidates:
+        if candidate.insides is None:
+            continue
+        click.echo(
+            f"\n   {candidate.name}, layer by layer: signal-to-noise in dB, on {candidate.insides.tokens:,} tokens"
+        )
+        print_table(layers_table(candidate))
+        click.echo(f"   broken: {candidate.verdict}" if candidate.verdict else "   nothing is broken")
+
+
+def _decibels(fidelity: Fidelity | None) -> str:
+    return UNKNOWN if fidelity is None else f"{fidelity.signal_to_noise:.1f}"
 
 
 def _speed(latency: Latency | None) -> tuple[str, str]:

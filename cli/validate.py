@@ -24,6 +24,7 @@ path_type = click.Path(path_type=Path)
     "--window", type=int, default=512, show_default=True, help="Tokens a window; each starts without context."
 )
 @click.option("--repeats", type=int, default=5, show_default=True, help="Timed runs a build.")
+@click.option("--inside", is_flag=True, help="Also compare layer by layer, expert by expert, and name what is broken.")
 @click.option("--max-kl", type=float, help="Gate: mean KL divergence, nats a token.")
 @click.option("--min-top1", type=float, help="Gate: share of tokens with the same top-1, 0 to 1.")
 @click.option("--max-perplexity-ratio", type=float, help="Gate: perplexity over the reference's.")
@@ -38,6 +39,7 @@ def command(
     tokens: int,
     window: int,
     repeats: int,
+    inside: bool,
     provider: str,
     threads: int | None,
     as_json: bool,
@@ -66,6 +68,7 @@ def command(
             predictions=tokens,
             window=window,
             repeats=repeats,
+            inside=inside,
             provider=provider,
             threads=threads,
             progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -13,7 +14,8 @@ from corral.model.checkpoint.names import EMBEDDING, HEAD
 from corral.model.checkpoint.store import TensorInfo
 from corral.spec.weight_plan import Entry, Source, WeightPlan, step
 
-EMBEDDING_ENTRY = "embedding"  # the table is no graph's initializer: the runtime gathers from it
+# The table is no graph's initializer: the runtime gathers from it. Scales are there where a rule quantizes it.
+EMBEDDING_ENTRY, EMBEDDING_SCALES = "embedding", "embedding.scales"
 
 
 def bind_weights(model: ir.Model, checkpoint: Checkpoint) -> WeightPlan:
@@ -56,7 +58,8 @@ def embedding_entry(checkpoint: Checkpoint) -> Entry:
     info = checkpoint.info(EMBEDDING)
     source = Source(info.name, rows=(0, info.shape[0]), columns=(0, info.shape[1]))
     dtype = info.dtype if info.dtype in ("bfloat16", "float16") else "float32"
-    return _float_entry(EMBEDDING_ENTRY, info, (source,), layout="rows", cut="rows", dtype=dtype)
+    entry = _float_entry(EMBEDDING_ENTRY, info, (source,), layout="rows", cut="rows", dtype=dtype)
+    return dataclasses.replace(entry, weight=EMBEDDING)
 
 
 def _float_entry(

@@ -12,6 +12,7 @@ ONNX_TYPE = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
+    "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
     "int8": ir.DataType.INT8,

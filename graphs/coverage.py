@@ -39,6 +39,8 @@ def stored_as(entry: Entry) -> str:
     for step in entry.steps:
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
+            if step.name == "e4m3":
+                return in_words("fp8", 0)
             method = "" if step.name in ("rtn", "as_published") else f" {step.name.replace('_', '-')}"
             return in_words(f"int{args['bits']}", int(args["group_size"])) + method
     return entry.dtype

@@ -15,6 +15,7 @@ from corral.graphs.lower.onnxruntime.moe import lower_moe
 from corral.graphs.lower.tensorrt import attention as tensorrt_attention
 from corral.graphs.lower.tensorrt import moe as tensorrt_moe
 from corral.graphs.lower.tensorrt.capacity import fix_capacity
+from corral.graphs.lower.tensorrt.fp8 import lower_fp8_matmul
 from corral.graphs.lower.tensorrt.join_matmul import join_matmul
 from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
 from corral.graphs.lower.tensorrt.precision import lower_precision
@@ -44,6 +45,7 @@ TENSORRT = Phase(
         fix_capacity,
         tensorrt_attention.lower_attention,
         tensorrt_moe.lower_moe,
+        lower_fp8_matmul,
         gather_logit_rows,
         clean_up,
         lower_precision,
@@ -63,6 +65,7 @@ LOWER: dict[str, Phase] = {
             lower_attention,
             lower_int4_experts,
             lower_int4_matmul,
+            lower_matmul,
             fuse_int4_feed_forward,
             merge_matmul,
             clean_up,

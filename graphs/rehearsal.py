@@ -63,9 +63,9 @@ def rehearse(
 
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
-    if ray is not None and METHODS[recipe.method].calibrated:
+    if ray is not None and any(METHODS[method].calibrated for method in recipe.methods):
         raise InputError(
-            f"a rehearsal keeps what --method {recipe.method} learns of its text in this machine's temporary directory, which "
+            "a rehearsal keeps what is learned of the calibration text in this machine's temporary directory, which "
             "a Ray cluster does not see. Rehearse without --ray, or compile with -o on the file system that all share."
         )
     how = Execution(jobs=jobs, ray=ray)

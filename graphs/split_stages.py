@@ -17,6 +17,7 @@ import onnx_ir as ir
 from corral.exporter.bind_weights import EMBEDDING_ENTRY
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.out_directory import GRAPH_FILE, stage_file
+from corral.model.checkpoint.names import EMBEDDING
 from corral.spec import graph_io
 from corral.spec.errors import InputError
 from corral.spec.layer_ranges import Range, balanced_ranges, fitting_ranges
@@ -84,7 +85,7 @@ def _layer_bytes(work: ModelAndPlan) -> list[int]:
     """Bytes of each layer's weights; what comes after the layers counts to the last one."""
     sizes = [0] * work.config.num_layers
     for entry in work.plan:
-        if entry.name != EMBEDDING_ENTRY:
+        if entry.weight != EMBEDDING:
             layer = _layer(entry.weight)
             sizes[-1 if layer is None else layer] += entry.nbytes
     return sizes

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from corral.exporter.bind_weights import EMBEDDING_ENTRY
 from corral.exporter.export import export
 from corral.exporter.planned_tensor import replace_initializer
 from corral.graphs.calibrate.calibrate import calibration_key
@@ -16,8 +15,10 @@ from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import PLAN_FILE, check_out
 from corral.graphs.pipeline import LOWER, QUANTIZE, SIMPLIFY, run_phase
+from corral.graphs.quantize.calibrate import activation_ranges
 from corral.graphs.write_bundle import write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.model.checkpoint.names import EMBEDDING
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.errors import InputError
@@ -65,6 +66,7 @@ def lower_stage(
     how = Execution(jobs=jobs, ray=ray)
     check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "quantized", recipe, progress)
+    work.activation_ranges = activation_ranges(source, work.recipe)
     run_phase(LOWER[recipe.lowering], work)
     return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 
@@ -81,7 +83,7 @@ def _open_stage(directory: Path, stage: Stage, recipe: Recipe, progress: Progres
     plan = WeightPlan.from_json(json.loads(bundle.path(PLAN_FILE).read_text(encoding="utf-8")))
     model = ir.load(bundle.path(manifest.graphs[0].path))
     for entry in plan:
-        if entry.name != EMBEDDING_ENTRY:
+        if entry.weight != EMBEDDING:
             replace_initializer(model.graph, model.graph.initializers[entry.name], entry)
     if stage == "quantized":  # its weights are decided; only the target is open
         recipe = dataclasses.replace(manifest.recipe, target=recipe.target)

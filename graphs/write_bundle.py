@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from corral.exporter.bind_weights import EMBEDDING_ENTRY
+from corral.exporter.bind_weights import EMBEDDING_ENTRY, EMBEDDING_SCALES
 from corral.graphs.calibrate.calibrate import calibrate
 from corral.graphs.coverage import coverage
 from corral.graphs.execute.execute import execute
@@ -47,6 +48,7 @@ from corral.spec.manifest import (
 )
 from corral.spec.progress import Progress, silent
 from corral.spec.target import target_named
+from corral.spec.weight_plan import Placement
 
 
 def write_bundle(
@@ -83,7 +85,7 @@ def write_bundle(
             names.append(write_file(out, TOKENIZER_FILE, tokenizer))
         if template is not None:
             names.append(write_file(out, TEMPLATE_FILE, template.encode()))
-        embedding, place = work.plan.entries[EMBEDDING_ENTRY], placements[EMBEDDING_ENTRY]
+        tables = _tables(work, placements) if stage == "ready" else {}
         manifest = Manifest(
             format=f"{FORMAT_MAJOR}.{FORMAT_MINOR}",
             corral=version("corral"),
@@ -96,11 +98,8 @@ def write_bundle(
                 GraphRecord(path=graph.path, first_layer=graph.layers[0], end_layer=graph.layers[1]) for graph in graphs
             ),
             kv=stored_kv_layouts(work.config, work.recipe),
-            embedding=TensorRecord(
-                path=shard_name(place.shard), dtype=embedding.dtype, shape=embedding.shape, offset=place.offset
-            )
-            if stage == "ready"
-            else None,
+            embedding=tables.get(EMBEDDING_ENTRY),
+            embedding_scales=tables.get(EMBEDDING_SCALES),
             coverage=coverage(work.plan, calibration.record if calibration else None),
             calibration=calibration.record if calibration else None,
             tokenizer=TOKENIZER_FILE if tokenizer is not None else None,
@@ -114,6 +113,17 @@ def write_bundle(
     bundle = Bundle(out, manifest)
     remember_verified(bundle)
     return bundle
+
+
+def _tables(work: ModelAndPlan, placements: Mapping[str, Placement]) -> dict[str, TensorRecord]:
+    """Where the runtime finds what no graph reads."""
+    found = {name: work.plan.entries[name] for name in (EMBEDDING_ENTRY, EMBEDDING_SCALES) if name in work.plan.entries}
+    return {
+        name: TensorRecord(
+            path=shard_name(placements[name].shard), dtype=e.dtype, shape=e.shape, offset=placements[name].offset
+        )
+        for name, e in found.items()
+    }
 
 
 def _in_words(work: ModelAndPlan, checkpoint: Checkpoint) -> str:

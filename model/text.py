@@ -102,8 +102,12 @@ class Experts(nn.Module):
         return torch.zeros_like(x_TH).index_add(0, token, torch.cat(answers).type_as(x)).view_as(x)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
+        return self.activated(expert, x) @ self.down_proj[expert]
+
+    def activated(self, expert: int, x: Tensor) -> Tensor:
+        """silu(x @ gate) * (x @ up): what an expert's second matrix sees."""
         gate, up = (x @ self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return (F.silu(gate) * up) @ self.down_proj[expert]
+        return F.silu(gate) * up
 
 
 class MoE(nn.Module):

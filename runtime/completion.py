@@ -24,6 +24,7 @@ class Timings:
     first_token: float
     total: float
     num_tokens: int
+    between_tokens: tuple[float, ...] = ()  # from each token to the next
 
     @property
     def per_token(self) -> float:

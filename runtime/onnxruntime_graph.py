@@ -6,6 +6,9 @@ memory, and GroupQueryAttention expects it. Nothing else in a graph reads `past_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,19 +25,32 @@ from corral.spec.manifest import GraphRecord
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
 
 
+@dataclass(frozen=True)
+class Tap:
+    """A graph to open in place of the file's: the same with more `values` among its outputs, for who looks inside."""
+
+    model: bytes
+    values: tuple[str, ...]
+
+
 class OnnxRuntimeGraph:
     """Runs one range of layers. `mapped` leaves the weights in the file as they are: little memory, and slow kernels."""
 
-    def __init__(self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool) -> None:
+    def __init__(
+        self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool, tap: Tap | None = None
+    ) -> None:
         model = bundle.manifest.model
         self._io = stage_io(model, record)
         self._vocab_size = model.vocab_size
         # ONNX Runtime looks for external data beside the real file, and refuses symbolic links to it.
         self._where = str(bundle.path(record.path).resolve())
+        self._tap = tap
+        self.tapped: Mapping[str, np.ndarray[Any, Any]] = {}  # what the tap's values were in the last run
         self._ort = import_onnxruntime()
         self._session = self._open(provider, threads, mapped, kernels=LIBRARY in bundle.manifest.requires)
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self._io.check(self._where, [value.name for value in inputs], [value.name for value in outputs])
+        inputs = [value.name for value in self._session.get_inputs()]
+        outputs = [value.name for value in self._session.get_outputs() if not tap or value.name not in tap.values]
+        self._io.check(self._where, inputs, outputs)
         self._binding: Any = None
         self._bound: CacheView[Cache] | None = None
 
@@ -59,7 +75,13 @@ class OnnxRuntimeGraph:
             for name, array in inputs.items():
                 self._binding.bind_ortvalue_input(name, self._ort_value(array))
             self._binding.bind_ortvalue_output(self._io.result, self._ort_value(output))
+            if self._tap:
+                for name in self._tap.values:
+                    self._binding.bind_output(name)
             self._session.run_with_iobinding(self._binding)
+            if self._tap:
+                bound = self._binding.get_outputs()[-len(self._tap.values) :]  # in the order in which they were bound
+                self.tapped = {name: v.numpy() for name, v in zip(self._tap.values, bound, strict=True)}
         except Exception as error:
             raise self._run_error(error) from None
         return output
@@ -98,8 +120,12 @@ class OnnxRuntimeGraph:
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False  # which would keep the largest scratch of each stage
+        if self._tap:
+            folder = str(Path(self._where).parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            return self._ort.InferenceSession(self._where, options, providers=[PROVIDERS[provider]])
+            model = self._tap.model if self._tap else self._where
+            return self._ort.InferenceSession(model, options, providers=[PROVIDERS[provider]])
         except Exception as error:
             if _out_of_memory(error):
                 raise EnvironmentProblem(f"{self._where} does not fit into memory: {_first_line(error)}") from None

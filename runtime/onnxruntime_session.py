@@ -9,10 +9,13 @@ are always mapped, at no cost.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
 
 from corral.runtime.kv_cache import KvCache
-from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph
+from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph, Tap
 from corral.runtime.requirements import check_requirements
 from corral.runtime.session import Float32, Step
 from corral.runtime.stage_io import check_stages
@@ -21,6 +24,7 @@ from corral.spec.cpu_ops import LIBRARY
 from corral.spec.errors import InputError
 from corral.spec.kv_layout import KvLayout
 from corral.spec.machine import usable_cores, usable_memory
+from corral.spec.manifest import GraphRecord
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +33,19 @@ WEIGHTS_SHARE = 0.8
 
 
 class OnnxRuntimeSession:
-    """Runs a bundle's graphs with one execution provider. Not for several threads at a time."""
+    """Runs a bundle's graphs with one execution provider. Not for several threads at a time.
 
-    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
+    `tap` gives for each graph the one to open in its place, whose further values are in `tapped` after each run.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        tap: Callable[[GraphRecord], Tap] | None = None,
+    ) -> None:
         check_requirements(bundle.manifest.requires)
         if provider not in PROVIDERS:
             raise InputError(f"provider is {provider!r}, expected one of {', '.join(PROVIDERS)}.")
@@ -41,7 +55,14 @@ class OnnxRuntimeSession:
         # corral's own kernels copy no weights: they read them where the file is mapped.
         mapped = LIBRARY not in bundle.manifest.requires and not _fits(bundle)
         self._graphs = [
-            OnnxRuntimeGraph(bundle, record, provider=provider, threads=threads or usable_cores(), mapped=mapped)
+            OnnxRuntimeGraph(
+                bundle,
+                record,
+                provider=provider,
+                threads=threads or usable_cores(),
+                mapped=mapped,
+                tap=tap(record) if tap else None,
+            )
             for record in bundle.manifest.graphs
         ]
 
@@ -53,6 +74,11 @@ class OnnxRuntimeSession:
         for graph in self._graphs:
             hidden = graph.run(step, hidden)
         return hidden
+
+    @property
+    def tapped(self) -> dict[str, NDArray[Any]]:
+        """The values that `tap` asked for, of the last run, by name."""
+        return {name: value for graph in self._graphs for name, value in graph.tapped.items()}
 
     def release(self) -> None:
         for graph in self._graphs:

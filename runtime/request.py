@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Request:
         self._logprobs: list[TokenLogprobs] = []
         self._reported = 0  # output tokens that are in a piece
         self._started = time.perf_counter()
-        self._first_token = self._last_token = 0.0
+        self._arrivals: list[float] = []  # of each token, in seconds since then
 
     @property
     def prefilled(self) -> bool:
@@ -70,8 +71,7 @@ class Request:
         if self.params.logprobs is not None:
             self._logprobs.append(sampler.token_logprobs(logits_V, token, self.params.logprobs))
         self.output_ids.append(token)
-        self._last_token = time.perf_counter() - self._started
-        self._first_token = self._first_token or self._last_token
+        self._arrivals.append(time.perf_counter() - self._started)
         self._write(token, few)
 
     def completion(self) -> Completion:
@@ -85,7 +85,12 @@ class Request:
             finish_reason=self.finish_reason,
             logprobs=tuple(self._logprobs) if self.params.logprobs is not None else None,
             prompt_token_ids=self.prompt_ids,
-            timings=Timings(first_token=self._first_token, total=self._last_token, num_tokens=len(self.output_ids)),
+            timings=Timings(
+                first_token=self._arrivals[0] if self._arrivals else 0.0,
+                total=self._arrivals[-1] if self._arrivals else 0.0,
+                num_tokens=len(self.output_ids),
+                between_tokens=tuple(later - earlier for earlier, later in pairwise(self._arrivals)),
+            ),
         )
 
     def _write(self, token: int, few: bool) -> None:

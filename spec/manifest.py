@@ -54,10 +54,14 @@ class EngineRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRecord:
-    """A row-major tensor in a file of the bundle: the embedding table, which the runtime gathers from a memory map."""
+    """A row-major tensor in a file of the bundle: the embedding table, which the runtime gathers from a memory map.
+
+    A quantized table is `uint8` of 8-bit codes, or of 4-bit ones in pairs (the first in the low nibble), beside scales of
+    groups of a row: value = scale * (code - 2**(bits - 1)).
+    """
 
     path: str
-    dtype: str  # float32, float16 or bfloat16
+    dtype: str  # float32, float16, bfloat16, or uint8 where there are scales
     shape: tuple[int, ...]
     offset: int  # bytes
 
@@ -119,6 +123,7 @@ class Manifest:
     coverage: tuple[CoverageRecord, ...]
     tokenizer: str | None  # path of tokenizer.json
     chat_template: str | None  # path of the Jinja template
+    embedding_scales: TensorRecord | None = None  # of a quantized table
     calibration: CalibrationRecord | None = None
     engines: tuple[EngineRecord, ...] = ()
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token …, for the template
@@ -165,7 +170,7 @@ def read_manifest(directory: Path) -> Manifest:
     for record in manifest.files:
         inside_path(record.path, path)
     listed = {record.path for record in manifest.files}
-    tables = [manifest.embedding.path] if manifest.embedding else []
+    tables = [table.path for table in (manifest.embedding, manifest.embedding_scales) if table]
     texts = [name for name in (manifest.tokenizer, manifest.chat_template) if name is not None]
     engines = [name for engine in manifest.engines for name in (engine.path, engine.sidecar)]
     for name in (*(graph.path for graph in manifest.graphs), *engines, *tables, *texts):

@@ -1,7 +1,7 @@
 """How a weight matrix is stored: bits, group size, scale type. A table, read by recipes, quantizers and lowerings.
 
 Codes are symmetric: value = scale * (code - 2**(bits-1)) with unsigned codes, one scale per `group_size` inputs of one
-output. Group size counts along the input dimension.
+output. Group size counts along the input dimension. FP8 has one scale per output, and its activations are FP8, too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ class QuantScheme:
     def is_quantized(self) -> bool:
         return self.bits is not None
 
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are small floating-point numbers with one scale an output, multiplied with their like."""
+        return self.dtype.startswith("float8")
+
     def bits_per_weight(self, group_size: int) -> float:
-        """Stored bits per weight, float32 scales included."""
+        """Stored bits per weight, float32 scales of groups included."""
         if self.bits is None:
             return {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}[self.dtype]
-        return self.bits + 32 / group_size
+        return self.bits + (0 if self.is_float else 32 / group_size)
 
 
 SCHEMES = {
@@ -39,6 +44,7 @@ SCHEMES = {
         QuantScheme(name="fp32", bits=None, dtype="float32"),
         QuantScheme(name="fp16", bits=None, dtype="float16"),
         QuantScheme(name="bf16", bits=None, dtype="bfloat16"),
+        QuantScheme(name="fp8", bits=8, dtype="float8e4m3fn"),
         QuantScheme(name="int8", bits=8, dtype="int8"),
         QuantScheme(name="int4", bits=4, dtype="int4"),
     )
@@ -47,7 +53,7 @@ SCHEMES = {
 
 def in_words(scheme: str, group_size: int) -> str:
     """A quantized weight's storage, as in "int4 g128". Equal words: equal codes and scales mean the same numbers."""
-    return f"{scheme} g{group_size}"
+    return f"{scheme} per output" if SCHEMES[scheme].is_float else f"{scheme} g{group_size}"
 
 
 def scheme_named(name: str) -> QuantScheme:

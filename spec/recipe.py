@@ -1,10 +1,11 @@
-"""What to make of a checkpoint: TOML <-> dataclass. The keys are the options of `corral compile`."""
+"""What to make of a checkpoint: TOML <-> dataclass. The keys are the options of `corral compile`, and `rules`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from corral.spec import cpu_ops
 from corral.spec.errors import InputError
 from corral.spec.gpus import capability_of
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
+from corral.spec.rule import Rule
 from corral.spec.target import check_capability, target_named
 
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
+SCALES_INPUTS = "awq"  # the method that scales what several matrices read
 LEAST_CALIBRATION_TOKENS = 512
 ENGINE_KEYS = ("gpu", "max_context", "max_batch", "weight_streaming", "expert_tiles")
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
@@ -40,6 +43,7 @@ class Recipe:
     max_batch: int = DEFAULT_MAX_BATCH  # of engines: sequences that decode together
     expert_tiles: int = 0  # of engines: tiles of the experts' columns; 0: as the GPU's cache wants, or 1 without a GPU
     weight_streaming: bool = False  # of engines: part of the weights may stay in the host's memory
+    rules: tuple[Rule, ...] = ()  # matrices that are stored otherwise; a later rule beats an earlier one
 
     def __post_init__(self) -> None:
         target, scheme = target_named(self.target), scheme_named(self.weights)
@@ -76,6 +80,45 @@ class Recipe:
             raise InputError(f"expert_tiles is {self.expert_tiles}, expected a number of tiles, or 0 to choose one.")
         for capability in self.capabilities:
             check_capability(target, capability, scheme.name)
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        if self.rules and target_named(self.target).engine:
+            raise InputError(
+                f"target {self.target} takes no rules: its engines store all matrices alike. Leave rules out."
+            )
+        for rule in self.rules:
+            try:
+                ruled = self._ruled(rule)
+            except InputError as error:
+                raise InputError(f'rule for "{rule.matrices}": {error}') from None
+            if SCALES_INPUTS in (self.method, ruled.method) and (
+                ruled.method != self.method or not scheme_named(ruled.weights).is_quantized
+            ):
+                raise InputError(
+                    f'rule for "{rule.matrices}": method {SCALES_INPUTS} scales inputs that matrices share, so it is for all '
+                    f"of them or for none. Use it without rules for {ruled.weights} or another method."
+                )
+
+    def of(self, weight: str) -> Recipe:
+        """The recipe for one matrix, by its parameter's name: without rules."""
+        ruled = dataclasses.replace(self, rules=())
+        for rule in self.rules:
+            if rule.matches(weight):
+                ruled = ruled._ruled(rule)
+        return ruled
+
+    def _ruled(self, rule: Rule) -> Recipe:
+        changes = rule.changes()
+        if "weights" in changes and not scheme_named(changes["weights"]).is_quantized:
+            changes["method"] = "rtn"  # which is no method: nothing is rounded
+        # Which kernels there are for a matrix of another scheme is the lowering's concern.
+        return dataclasses.replace(self, rules=(), **{"kernels": "stock", **changes})
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """Every method that some matrix may be quantized by."""
+        return frozenset({self.method, *(rule.method for rule in self.rules if rule.method)})
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -97,21 +140,27 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The keys that the target knows: those of engines only where it has any."""
         data = dataclasses.asdict(self)
+        data["rules"] = [{"matrices": rule.matrices, **rule.changes()} for rule in self.rules]
         return data if target_named(self.target).engine else {k: v for k, v in data.items() if k not in ENGINE_KEYS}
 
     def to_toml(self) -> str:
-        return "".join(f"{key} = {_toml(value)}\n" for key, value in self.to_json().items())
+        data = self.to_json()
+        rules = data.pop("rules")
+        lines = [f"{key} = {_toml(value)}\n" for key, value in data.items()]
+        return "".join(lines) + (rules_toml(rules) if rules else "")
 
     @staticmethod
     def from_json(data: dict[str, Any], *, where: str = "recipe") -> Recipe:
         """Make a recipe of a mapping. Raises InputError for unknown keys and values of the wrong type."""
         fields = {field.name: type(field.default) for field in dataclasses.fields(Recipe)}
+        fields["rules"] = list
         for key, value in data.items():
             if key not in fields:
                 raise InputError(f'{where}: key "{key}" is not known; expected {", ".join(fields)}.')
             if type(value) is not fields[key]:
                 raise InputError(f"{where}: {key} is {value!r}, expected a {fields[key].__name__}.")
-        return Recipe(**data)
+        rules = (Rule.from_json(rule, f"{where}: rule {i + 1}") for i, rule in enumerate(data.get("rules", ())))
+        return Recipe(**{**data, "rules": tuple(rules)})
 
 
 def read_recipe(path: Path, **overrides: Any) -> Recipe:
@@ -121,6 +170,16 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"recipe {path} is not readable TOML: {error}.") from None
     return Recipe.from_json(data | {k: v for k, v in overrides.items() if v is not None}, where=f"recipe {path}")
+
+
+def rules_toml(rules: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str:
+    """Rules as a TOML array, one a line, each with its remark."""
+    lines = []
+    for i, rule in enumerate(rules):
+        remark = remarks[i] if i < len(remarks) else ""
+        pairs = ", ".join(f"{key} = {_toml(value)}" for key, value in rule.items())
+        lines.append(f"  {{ {pairs} }}," + (f"  # {remark}" if remark else ""))
+    return "\n".join(["rules = [", *lines, "]", ""])
 
 
 def _toml(value: str | int | bool) -> str:

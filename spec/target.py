@@ -31,11 +31,11 @@ class Target:
 RTX_CAPABILITIES = {
     "8.0": ("fp16", "int4"),
     "8.6": ("fp16", "int4"),
-    "8.9": ("fp16", "int4"),
-    "12.0": ("fp16", "int4"),
+    "8.9": ("fp16", "int4", "fp8"),
+    "12.0": ("fp16", "int4", "fp8"),
 }
 # What NVIDIA's support matrix says of TensorRT 11. Nothing of it was tried: it needs a GPU to build.
-TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4"), "10.0": ("fp16", "int4")}
+TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4", "fp8"), "10.0": ("fp16", "int4", "fp8")}
 
 
 TARGETS = {
@@ -59,7 +59,7 @@ TARGETS = {
         Target(
             name="tensorrt-rtx",
             description="engines of TensorRT for RTX, built without a GPU",
-            weights=("fp16", "int4"),
+            weights=("fp16", "int4", "fp8"),
             requires=(("tensorrt-rtx-cu13", "1.7.1"),),
             opset=24,
             kv_dtype="float16",
@@ -69,7 +69,7 @@ TARGETS = {
         Target(
             name="tensorrt",
             description="engines of TensorRT, built on the GPU that they are for",
-            weights=("fp16", "int4"),
+            weights=("fp16", "int4", "fp8"),
             requires=(("tensorrt", "11.0"),),
             opset=24,
             kv_dtype="float16",

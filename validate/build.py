@@ -23,10 +23,11 @@ CONFIG_NAMES = ("config.json", PARAMS_NAME)  # of Hugging Face's and of Meta's f
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One timed generation: seconds to the first token, tokens per second after it."""
+    """One timed generation: seconds to the first token, tokens per second after it, seconds from each to the next."""
 
     time_to_first_token: float
     tokens_per_second: float
+    between_tokens: tuple[float, ...] = ()
 
 
 class Build(Protocol):
@@ -49,6 +50,9 @@ class Build(Protocol):
 
     def time_decode(self, token_ids: Sequence[int], count: int) -> Run | None:
         """Generate `count` tokens greedily; None where speed says nothing."""
+
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """The `count` likeliest tokens after each of the prompts, which are all of one length."""
 
 
 class BundleBuild:
@@ -78,7 +82,17 @@ class BundleBuild:
         # The end of a text must not end a measurement: every run decodes the same number of tokens.
         params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
         timings = self._llm.generate([list(token_ids)], params)[0].timings
-        return Run(time_to_first_token=timings.first_token, tokens_per_second=1 / timings.per_token)
+        return Run(
+            time_to_first_token=timings.first_token,
+            tokens_per_second=1 / timings.per_token,
+            between_tokens=timings.between_tokens,
+        )
+
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        from corral.runtime import SamplingParams
+
+        params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+        return [list(found.token_ids) for found in self._llm.generate([list(p) for p in prompts], params)]
 
 
 class CheckpointBuild:
@@ -117,6 +131,15 @@ class CheckpointBuild:
 
     def time_decode(self, token_ids: Sequence[int], count: int) -> Run | None:
         return None
+
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        import torch
+
+        ids, length = torch.tensor([list(prompt) for prompt in prompts]), len(prompts[0])
+        with torch.inference_mode():
+            for _ in range(count):  # without a cache: this model is the definition, not a runtime
+                ids = torch.cat([ids, self._model.logits(ids)[:, -1:].argmax(-1)], dim=1)
+        return ids[:, length:].tolist()
 
 
 def open_build(path: Path, *, provider: str, threads: int | None, progress: Progress = silent) -> Build:

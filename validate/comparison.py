@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from corral.spec.errors import InputError
 from corral.spec.machine import usable_cores
@@ -12,8 +13,12 @@ from corral.spec.progress import Progress, silent
 from corral.validate import latency
 from corral.validate.accuracy import measure_accuracy
 from corral.validate.build import Build, open_build
+from corral.validate.greedy import measure_greedy
+from corral.validate.insides import look_into
 from corral.validate.latency import measure_latency
+from corral.validate.layers import LayerByLayer, measure_layers
 from corral.validate.report import CandidateResult, Measured, ReferenceResult, Report
+from corral.validate.verdict import locate
 from corral.validate.windows import check_windows, cut_windows, encode_alike
 
 PREDICTIONS = 20_000
@@ -37,12 +42,14 @@ def compare(
     decode_tokens: int = latency.DECODE_TOKENS,
     provider: str = "cpu",
     threads: int | None = None,
+    inside: bool = False,
     progress: Progress = silent,
 ) -> Report:
     """Measure what each candidate lost against the reference, on the same text, and how fast each build is.
 
     `reference` is a checkpoint (then the PyTorch model in float32 is the truth) or a bundle; candidates are builds of
     the same model. At most `predictions` tokens of `texts` (or `token_ids`) are scored, in windows of `window` tokens.
+    With `inside` the first of these windows are run once more, to hold the builds against each other layer by layer.
     Raises InputError where builds cannot be compared, and CheckFailed where logits are not finite.
     """
     _check_numbers(candidates, window, predictions, repeats, prompt_tokens, decode_tokens)
@@ -60,6 +67,17 @@ def compare(
     # The longest window: a text shorter than the prompt gives a shorter prompt.
     prompt = max(windows, key=len)[:prompt_tokens]
     latencies = measure_latency(builds, prompt, tokens=decode_tokens, repeats=repeats, progress=progress)
+    greedy = measure_greedy(
+        builds[0], builds[1:], windows, prompt_tokens=len(prompt), tokens=decode_tokens, progress=progress
+    )
+    insides: list[LayerByLayer | None] = [None for _ in candidates]
+    if inside:
+        how: dict[str, Any] = {"provider": provider, "threads": threads}
+        look = look_into(paths[0], **how)
+        insides = [
+            measure_layers(look, look_into(path, **how), builds[0].config, windows, progress=progress)
+            for path in paths[1:]
+        ]
     return Report(
         reference=ReferenceResult(
             name=builds[0].name,
@@ -69,8 +87,18 @@ def compare(
             latency=latencies[0],
         ),
         candidates=tuple(
-            CandidateResult(name=build.name, bytes=build.bytes, accuracy=accuracy, latency=speed)
-            for build, accuracy, speed in zip(builds[1:], accuracies, latencies[1:], strict=True)
+            CandidateResult(
+                name=build.name,
+                bytes=build.bytes,
+                accuracy=accuracy,
+                latency=speed,
+                greedy=text,
+                insides=found,
+                verdict=locate(found, builds[0].config) if found else None,
+            )
+            for build, accuracy, speed, text, found in zip(
+                builds[1:], accuracies, latencies[1:], greedy, insides, strict=True
+            )
         ),
         measured=Measured(
             predictions=sum(len(w) - 1 for w in windows),

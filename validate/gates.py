@@ -1,4 +1,4 @@
-"""Limits that a candidate must keep, as one table; a comparison that breaks one ends with exit code 1."""
+"""Limits that a candidate must keep, as one table; a comparison that breaks one, or finds a part broken, ends with exit 1."""
 
 from __future__ import annotations
 
@@ -35,7 +35,16 @@ GATES = {
 
 
 def check_gates(report: Report, limits: Mapping[str, float | None]) -> None:
-    """Hold every candidate against every limit that is not None. Raises CheckFailed naming all that are broken."""
+    """Hold every candidate against every limit that is not None. Raises CheckFailed naming all that are broken.
+
+    A candidate with a part that is broken (`CandidateResult.verdict`) keeps no limits worth having: that is told instead.
+    """
+    located = [f"{found.name} is broken in {found.verdict}" for found in report.candidates if found.verdict]
+    if located:
+        raise CheckFailed(
+            f"{'; '.join(located)}. Noise of quantization is not like this. Run `corral inspect --verify` on it, and compile "
+            "the checkpoint again."
+        )
     broken = [
         f"{candidate.name}: {gate.about} is {value:.6g}, expected at {'least' if gate.at_least else 'most'} "
         f"{limit:g}{gate.unit}"

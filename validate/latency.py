@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from corral.spec.progress import Progress, silent
 from corral.validate.build import Build, Run
-from corral.validate.statistics import Spread, spread
+from corral.validate.statistics import Quantiles, Spread, quantiles, spread
 
 REPEATS = 5
 WARM_UP_ROUNDS = 1
@@ -21,10 +21,12 @@ DECODE_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Speed of one build: tokens per second while decoding, seconds to the first token."""
+    """Speed of one build: tokens per second while decoding, seconds to the first token and from each to the next."""
 
     tokens_per_second: Spread
     time_to_first_token: Spread
+    first_tokens: Quantiles
+    between_tokens: Quantiles
 
 
 def measure_latency(
@@ -52,4 +54,6 @@ def _summary(runs: Sequence[Run]) -> Latency:
     return Latency(
         tokens_per_second=spread([run.tokens_per_second for run in runs]),
         time_to_first_token=spread([run.time_to_first_token for run in runs]),
+        first_tokens=quantiles([run.time_to_first_token for run in runs]),
+        between_tokens=quantiles([seconds for run in runs for seconds in run.between_tokens]),
     )

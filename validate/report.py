@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from corral.validate.accuracy import Accuracy
+from corral.validate.greedy import GreedyDivergence
 from corral.validate.latency import Latency
+from corral.validate.layers import Fidelity, LayerByLayer
 from corral.validate.statistics import Distribution, Estimate, Spread
+from corral.validate.verdict import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,9 @@ class CandidateResult:
     bytes: int
     accuracy: Accuracy
     latency: Latency | None
+    greedy: GreedyDivergence
+    insides: LayerByLayer | None = None  # where asked for
+    verdict: Verdict | None = None  # the part that is broken; None where none is, or nobody looked
 
     def to_json(self) -> dict[str, Any]:
         accuracy = self.accuracy
@@ -66,6 +72,9 @@ class CandidateResult:
             **_estimate("perplexity", accuracy.perplexity),
             **_estimate("perplexity_ratio", accuracy.perplexity_ratio),
             **_latency(self.latency),
+            "greedy_divergence": {**dataclasses.asdict(self.greedy), "median": self.greedy.median},
+            "insides": _insides(self.insides) if self.insides else None,
+            "verdict": _verdict(self.verdict) if self.verdict else None,
         }
 
 
@@ -85,6 +94,40 @@ class Report:
         }
 
 
+def _insides(insides: LayerByLayer) -> dict[str, Any]:
+    return {
+        "tokens": insides.tokens,
+        "embeddings": _fidelity(insides.embeddings),
+        "layers": [
+            {
+                "layer": layer.layer,
+                "attention": _fidelity(layer.attention),
+                "router": _fidelity(layer.router) if layer.router else None,
+                "router_agreement": layer.router_agreement,
+                "expert_coverage": layer.expert_coverage,
+                "feed_forward": _fidelity(layer.feed_forward),
+                "experts": [
+                    {"expert": e.expert, "tokens": e.tokens, "both": e.both, **_fidelity(e.answer)}
+                    for e in layer.experts
+                ],
+                "after": _fidelity(layer.after),
+            }
+            for layer in insides.layers
+        ],
+        "logits": _fidelity(insides.logits),
+    }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    data = dataclasses.asdict(verdict)
+    del data["found"]
+    return {**data, **_fidelity(verdict.found), "words": str(verdict)}
+
+
+def _fidelity(fidelity: Fidelity) -> dict[str, Any]:
+    return {"signal_to_noise": _number(fidelity.signal_to_noise), "gain": _number(fidelity.gain)}
+
+
 def _estimate(name: str, value: Estimate | Distribution) -> dict[str, Any]:
     return {name: _number(value.mean), f"{name}_stderr": _number(value.stderr)}
 
@@ -92,9 +135,12 @@ def _estimate(name: str, value: Estimate | Distribution) -> dict[str, Any]:
 def _latency(latency: Latency | None) -> dict[str, Any]:
     if latency is None:
         return {}
-    return _spread("tokens_per_second", latency.tokens_per_second) | _spread(
-        "time_to_first_token", latency.time_to_first_token
-    )
+    return {
+        **_spread("tokens_per_second", latency.tokens_per_second),
+        **_spread("time_to_first_token", latency.time_to_first_token),
+        "first_tokens": dataclasses.asdict(latency.first_tokens),
+        "between_tokens": dataclasses.asdict(latency.between_tokens),
+    }
 
 
 def _spread(name: str, value: Spread) -> dict[str, Any]:

@@ -42,6 +42,25 @@ class Spread:
     n: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quantile:
+    """A percentile and its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantiles:
+    """Percentiles of `n` measurements; None where so few say nothing of that one."""
+
+    p50: Quantile | None
+    p95: Quantile | None
+    p99: Quantile | None
+    n: int
+
+
 def estimate(values: Sequence[NDArray[np.floating]]) -> Estimate:
     """Mean over all predictions, with the standard error of a cluster sample; one array a window.
 
@@ -76,3 +95,33 @@ def spread(values: Sequence[float]) -> Spread:
     """Median, extremes and quartiles of repeated measurements."""
     low, p25, median, p75, high = np.percentile(values, [0, 25, 50, 75, 100]).tolist()
     return Spread(median=median, min=low, max=high, p25=p25, p75=p75, n=len(values))
+
+
+def quantiles(values: Sequence[float]) -> Quantiles:
+    """p50, p95 and p99, each where its confidence interval exists: from 6, 72 and 368 measurements on."""
+    ordered = sorted(values)
+    p50, p95, p99 = (_quantile(ordered, share) for share in (0.5, 0.95, 0.99))
+    return Quantiles(p50=p50, p95=p95, p99=p99, n=len(ordered))
+
+
+def _quantile(ordered: Sequence[float], share: float) -> Quantile | None:
+    """The interval is between order statistics, whatever the distribution (Hahn & Meeker 1991, section 5.2).
+
+    How many of n measurements lie below the quantile is binomial; 2.5 % of that distribution are left on either side.
+    Measurements of one run depend on each other a little: the interval is then too narrow.
+    """
+    n = len(ordered)
+    below, low, high = 0.0, 0, 0  # low, high: ranks from 1
+    for rank in range(n + 1):
+        below += math.exp(
+            math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1)
+            + rank * math.log(share) + (n - rank) * math.log1p(-share)
+        )  # fmt: skip
+        if below <= 0.025:
+            low = rank + 1
+        if below >= 0.975 and not high:
+            high = rank + 1
+    if not 1 <= low <= high <= n:
+        return None
+    (value,) = np.percentile(ordered, [100 * share]).tolist()
+    return Quantile(value=value, low=ordered[low - 1], high=ordered[high - 1])

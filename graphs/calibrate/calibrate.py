@@ -30,14 +30,17 @@ class Calibration:
 
 def calibration_key(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The name that a plan gives to its statistics; "" where the recipe's method needs none."""
-    if not METHODS[recipe.method].calibrated:
+    if not any(METHODS[method].calibrated for method in recipe.methods):
         return ""
     return read_calibration_text(checkpoint, recipe).key(checkpoint, _settings(recipe))
 
 
 def _settings(recipe: Recipe) -> str:
     """What is gathered follows from these; AWQ's scales are searched for one scheme."""
-    return f"{recipe.method} {recipe.weights} {recipe.group_size}" if METHODS[recipe.method].rescales else ""
+    if not METHODS[recipe.method].rescales:
+        return ""
+    rules = "".join(f" {rule}" for rule in recipe.rules)
+    return f"{recipe.method} {recipe.weights} {recipe.group_size}{rules}"
 
 
 def calibrate(

@@ -109,16 +109,18 @@ class _Search:
         kept = any(self._kept(name) for name in (*(name for name, _ in readers), *filter(None, [maker])))
         if kept or not magnitude.any():
             return np.ones(len(magnitude), np.float32)
-        losses, bits = np.zeros(len(ALPHAS)), scheme_named(self.recipe.weights).bits
-        assert bits is not None
+        losses = np.zeros(len(ALPHAS))
         for name, expert in readers:
+            recipe = self.recipe.of(name)
+            bits = scheme_named(recipe.weights).bits
+            assert bits is not None
             blocks = self.statistics.inputs(input_site(name), expert)["blocks"]
             for weight in self._matrix(name, expert):
-                losses += alpha_losses(weight, magnitude, blocks, bits=bits, group_size=self.recipe.group_size)
+                losses += alpha_losses(weight, magnitude, blocks, bits=bits, group_size=recipe.group_size)
         return input_scales(magnitude, ALPHAS[int(losses.argmin())])
 
     def _kept(self, name: str) -> bool:
-        return method_for(self.checkpoint.info(name).published, self.recipe) is AS_PUBLISHED
+        return method_for(self.checkpoint.info(name).published, self.recipe.of(name)) is AS_PUBLISHED
 
     def _matrix(self, name: str, expert: int | None) -> Iterator[NDArray[np.float32]]:
         """A matrix [outputs, inputs], some of its rows at a time."""

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from corral.graphs.engine.fp8_products import check_fp8_products, fp8_products
 from corral.graphs.engine.profiles import Profile
-from corral.graphs.engine.schedule import Schedule, read_schedules, weight_bytes
+from corral.graphs.engine.schedule import Kernel, Operand, Schedule, read_schedules, weight_bytes
 from corral.graphs.engine.worker import Built, EngineJob
 from corral.spec.errors import CheckFailed, EnvironmentProblem
 from corral.spec.machine import usable_memory
@@ -30,7 +31,8 @@ PARTIAL = ".partial"
 TOLERANCE, AROUND_BYTES = 0.15, 1 << 20
 # Peak memory of a build, measured: up to three times the weights, and the builder itself.
 MEMORY_FACTOR, MEMORY_BYTES = 3, 1 << 30
-QUANTIZED = {"INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8"}  # ONNX's types -> the schedule's
+FLOATS = ("float", "half", "bfloat16")
+QUANTIZED = {"INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8_e4m3"}  # ONNX's types -> the schedule's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def build_engine(graph: Path, name: str, settings: EngineSettings) -> Engine:
     where memory does not suffice or the builder is killed.
     """
     flavor = FLAVORS[settings.module]
-    inputs, stored = _read_graph(graph)
+    inputs, stored, products = _read_graph(graph)
     expected = sum(stored.values())
     _check_memory(graph, expected)
     out, partial = graph.with_name(name), graph.with_name(name + PARTIAL)
@@ -83,14 +85,16 @@ def build_engine(graph: Path, name: str, settings: EngineSettings) -> Engine:
         schedules = tuple(read_schedules(partial)) if text else ()
         found = weight_bytes(partial) if text else partial.stat().st_size
         _check_weights(out, schedules, stored, found, expected, len(settings.profiles))
+        for schedule in schedules:
+            check_fp8_products(out, schedule, products)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
     return Engine(path=out, built=built, schedules=schedules, weight_bytes=found, expected_bytes=expected)
 
 
-def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[str]]:
-    """The inputs with their shapes, and bytes of weights by ONNX type. Reads no weight."""
+def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[str], tuple[str, ...]]:
+    """The inputs with their shapes, bytes of weights by ONNX type, and the products of FP8. Reads no weight."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -101,7 +105,7 @@ def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[s
     for tensor in graph.initializer:
         length = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
         stored[onnx.TensorProto.DataType.Name(tensor.data_type)] += length
-    return inputs, stored
+    return inputs, stored, fp8_products(graph)
 
 
 def _check_memory(graph: Path, expected: int) -> None:
@@ -195,15 +199,22 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
     return {
         "weights": dict(schedule.weights),
         "scratch_bytes": schedule.scratch_bytes,
-        "kernels": [dataclasses.asdict(kernel) for kernel in schedule.kernels],
+        "kernels": [_kernel(kernel) for kernel in schedule.kernels],
         "unfused_weights": [
             {
                 "kernel": kernel.name,
                 "layers": [layer for layer in kernel.layers if layer.endswith("DequantizeLinear")],
-                "writes": [
-                    {**dataclasses.asdict(tensor), "known_bytes": tensor.known_bytes} for tensor in kernel.writes
-                ],
+                "writes": [_operand(operand) for operand in kernel.writes if operand.type in FLOATS],
             }
             for kernel in schedule.unfused_weights()
         ],
     }
+
+
+def _kernel(kernel: Kernel) -> dict[str, Any]:
+    operands = {"reads": [_operand(o) for o in kernel.reads], "writes": [_operand(o) for o in kernel.writes]}
+    return dataclasses.asdict(kernel) | operands
+
+
+def _operand(operand: Operand) -> dict[str, Any]:
+    return dataclasses.asdict(operand) | {"known_bytes": operand.known_bytes}

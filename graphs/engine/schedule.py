@@ -25,24 +25,47 @@ KERNEL = re.compile(
     rb"\n\s*(?P<kind>function|fully_connected|runtime_fusion)=\{ name=\"?(?P<name>[^\s\"]+)\"? [^\n]*?\n?"
     rb"[^\n]*?layers=\"(?P<layers>[^\"\n]*)\""
 )
-OUTPUTS = re.compile(rb"output_args=\{ ([^}]*)\}")
+# A kernel's operands; of functions "input_args", of others "input". Their names are quoted, and may hold braces.
+READS = re.compile(rb" input(?:_args)?=\{((?:[^\"}]|\"[^\"]*\")*)\}")
+WRITES = re.compile(rb" output(?:_args)?=\{((?:[^\"}]|\"[^\"]*\")*)\}")
 QUOTED = re.compile(rb'"([^"]*)"')
 LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 TENSOR = re.compile(
     rb"\n\s*tensor=\{ (?P<constant>[^\n]*?const_payload_size=(?P<bytes>\d+))?[^\n]*?dims=\{ (?P<dims>[^}]*)\}"
-    rb"[^\n]*? name=\"(?P<name>[^\"]*)\"[^\n]*? region=\"?(?P<region>[^\s\"]+)[^\n]*? type=(?P<type>\w+) \}"
+    rb"[^\n]*? name=\"(?P<name>[^\"]*)\"(?: offset=(?P<offset>\d+))?[^\n]*? region=\"?(?P<region>[^\s\"]+)"
+    rb"[^\n]*? type=(?P<type>\w+) \}"
+)
+# Part of a tensor, or one in another shape, by the name of that tensor.
+VIEW = re.compile(
+    rb"\n\s*sub_tensor=\{ base=\"(?P<base>[^\"]*)\"[^\n]*? dims=\{ (?P<dims>[^}]*)\}[^\n]*? name=\"(?P<name>[^\"]*)\""
+    rb"[^\n]*? type=(?P<type>\w+) \}"
 )
 REGION = re.compile(rb"\n  region = \{ name=(?P<name>\S+) size=(?P<bytes>\d+) [^\n]*?type=user place=accelerator")
 WEIGHTS = re.compile(r"__mye\d+-consts")
-BITS = {"float": 32, "half": 16, "bfloat16": 16, "int8": 8, "fp8": 8, "int4": 4, "int64": 64, "int32": 32, "bool": 8}
+BITS = {
+    "float": 32,
+    "half": 16,
+    "bfloat16": 16,
+    "int8": 8,
+    "fp8_e4m3": 8,
+    "int4": 4,
+    "int64": 64,
+    "int32": 32,
+    "bool": 8,
+}
 
 
 @dataclass(frozen=True)
-class Written:
-    """A tensor that a kernel leaves in memory; sizes that only a step decides are words."""
+class Operand:
+    """A tensor that a kernel reads or writes; sizes that only a step decides are words.
+
+    `most_bytes` is what the memory that it lies in leaves for it: as much as it takes in the largest step, or more where
+    larger tensors lie there before or after it. 0 for constants.
+    """
 
     shape: tuple[int | str, ...]
     type: str
+    most_bytes: int = 0
 
     @property
     def known_bytes(self) -> int:
@@ -57,7 +80,8 @@ class Kernel:
     name: str
     kind: str
     layers: tuple[str, ...]  # the ONNX nodes fused into it
-    writes: tuple[Written, ...]
+    reads: tuple[Operand, ...] = ()
+    writes: tuple[Operand, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,22 +141,27 @@ def _text_end(plan: mmap.mmap, start: int) -> int:
 
 
 def _schedule(text: bytes) -> Schedule:
+    regions = {found["name"]: int(found["bytes"]) for found in REGION.finditer(text)}
     weights: Counter[str] = Counter()
-    tensors: dict[bytes, Written] = {}
+    tensors: dict[bytes, Operand] = {}
     for found in TENSOR.finditer(text):
         kind, region = found["type"].decode(), found["region"].decode("latin1")
         if found["constant"] and WEIGHTS.fullmatch(region):
             weights[kind] += int(found["bytes"])
-        tensors[found["name"]] = Written(_shape(found["dims"]), kind)
+        room = regions.get(found["region"], 0) - int(found["offset"] or 0)
+        tensors[found["name"]] = Operand(_shape(found["dims"]), kind, max(room, 0))
+    for found in VIEW.finditer(text):
+        base = tensors.get(found["base"])
+        tensors[found["name"]] = Operand(_shape(found["dims"]), found["type"].decode(), base.most_bytes if base else 0)
     kernels = []
     for found in KERNEL.finditer(text):
-        outputs = OUTPUTS.search(found[0])
-        names = QUOTED.findall(outputs[1]) if outputs else []
+        reads, writes = (
+            tuple(tensors[name] for name in QUOTED.findall(list_[1]) if name in tensors) if list_ else ()
+            for list_ in (READS.search(found[0]), WRITES.search(found[0]))
+        )
         layers = tuple(dict.fromkeys(LAYER.findall(found["layers"].decode("latin1"))))
-        writes = tuple(tensors[name] for name in names if name in tensors)
-        kernels.append(Kernel(found["name"].decode("latin1"), found["kind"].decode(), layers, writes))
-    scratch = sum(int(found["bytes"]) for found in REGION.finditer(text))
-    return Schedule(tuple(kernels), dict(weights), scratch)
+        kernels.append(Kernel(found["name"].decode("latin1"), found["kind"].decode(), layers, reads, writes))
+    return Schedule(tuple(kernels), dict(weights), sum(regions.values()))
 
 
 def _shape(dims: bytes) -> tuple[int | str, ...]:

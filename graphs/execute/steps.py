@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.quantize.awq import awq, rescale
-from corral.graphs.quantize.e4m3 import e4m3
+from corral.graphs.quantize.e4m3 import e4m3, gains
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
@@ -24,6 +24,7 @@ NUMPY_TYPE: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
+    "float8e4m3fn": ml_dtypes.float8_e4m3fn,
 }
 
 
@@ -66,13 +67,14 @@ STEPS: dict[str, Callable[..., Any]] = {
     "gptq": gptq,
     "awq": awq,
     "rescale": rescale,
+    "e4m3": e4m3,
+    "gains": gains,
     "as_published": as_published,
     "pack_rows": pack_rows,
     "pack_signed_rows": pack_signed_rows,
     "pack_columns": pack_columns,
     "tile_codes": tile_codes,
     "tile_scales": tile_scales,
-    "e4m3": e4m3,
     "pack_fragments": pack_fragments,
     "fragment_scales": fragment_scales,
 }

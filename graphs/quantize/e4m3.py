@@ -11,19 +11,28 @@ from numpy.typing import NDArray
 from corral.spec.errors import InputError
 
 LARGEST = 448.0  # of float8_e4m3fn (OCP 8-bit floating point, table 2)
+# The part of every scale that a matrix kernel may apply to its sums, see `gains`: about what a weight's scale usually is.
+BASE = 2.0**-12
+SMALLEST_SCALE = 2.0**-26  # its gain is the smallest normal number of float16; smaller weights keep absolute precision
 
 
 def e4m3(weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """Quantize [outputs, inputs] to e4m3 and float32 scales [outputs, 1]; value = scale * e4m3(code), nearest even.
+    """Quantize [outputs, inputs] to e4m3 and float32 scales [outputs, 1]; value = scale * code, nearest even.
 
-    Codes are returned as their bits (uint8) and are never NaN; an output of zeros gets scale 1. Raises InputError where
-    a weight is not finite.
+    Codes are float8_e4m3fn and never NaN; an output of zeros gets scale 1. Raises InputError where a weight is not
+    finite.
     """
     extreme = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
     if not np.isfinite(extreme).all():
         raise InputError("a weight is infinite or NaN, which no FP8 code can stand for: the checkpoint is damaged.")
-    scales = np.maximum(extreme / np.float32(LARGEST), np.finfo(np.float32).tiny)
+    scales = np.maximum(extreme / np.float32(LARGEST), np.float32(SMALLEST_SCALE))
     scales[extreme == 0] = 1
     # The quotient can be a rounding above the largest code, and beyond it is NaN, not a clipped value.
-    quotient = np.clip(weight / scales, -LARGEST, LARGEST)
-    return {"codes": quotient.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), "scales": scales}
+    quotient = weight / scales
+    np.clip(quotient, -LARGEST, LARGEST, out=quotient)
+    return {"codes": quotient.astype(ml_dtypes.float8_e4m3fn), "scales": scales}
+
+
+def gains(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """scale = BASE * gain: what is left for after the product, so that float16 sums of codes do not overflow before."""
+    return scales / np.float32(BASE)

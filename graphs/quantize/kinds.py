@@ -23,7 +23,12 @@ KINDS = (
     WeightKind("router", r"feed_forward\.router\.", False, "0.01 % of the weights, and it decides which expert runs"),
     WeightKind("dense", r"feed_forward\.(gate|up|down)_proj", True),
     WeightKind("head", r"^lm_head\.", True),
-    WeightKind("embedding", r"^embed", False, "a table that is gathered, never multiplied: stored as published"),
+    WeightKind(
+        "embedding",
+        r"^embed",
+        False,
+        "a table that is gathered, never multiplied: stored as published, or as a rule says",
+    ),
     WeightKind("norm", r"norm\.weight$", False, "vectors"),
 )
 

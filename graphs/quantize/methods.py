@@ -38,5 +38,5 @@ METHODS = {
 
 
 def method_for(published: str, recipe: Recipe) -> Method:
-    """The recipe's method; for a matrix `published` in just the scheme that is asked for, keeping its codes and scales."""
+    """The method of a matrix with this recipe (`Recipe.of`). One `published` in just the scheme asked for keeps its codes."""
     return AS_PUBLISHED if published == in_words(recipe.weights, recipe.group_size) else METHODS[recipe.method]

@@ -1,5 +1,7 @@
 """The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
 
+FP8 has one scale an output and becomes Mul(Transpose(DequantizeLinear(codes, constant)), gains).
+
 Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
 """
 
@@ -7,12 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx_ir as ir
+from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.quantize.e4m3 import BASE
+from corral.graphs.quantize.embedding_table import quantize_embedding
 from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
+from corral.model.checkpoint.names import EMBEDDING
 from corral.spec.errors import InputError
 from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, in_words, scheme_named
 from corral.spec.recipe import Recipe
@@ -23,43 +30,57 @@ KEEPING = {
     in_words(scheme, group): f"--weights {scheme} --group-size {group}"
     for scheme in SCHEMES
     for group in GROUP_SIZES
-    if SCHEMES[scheme].is_quantized
+    if SCHEMES[scheme].is_quantized and not SCHEMES[scheme].is_float
 }
 
 
 def quantize_weights(work: ModelAndPlan) -> bool:
     """Quantize every matrix of a quantized kind; one that is published just so keeps its codes and scales.
 
-    Raises InputError where the group size does not divide a matrix's inputs, and where one is published quantized in
-    another way, unless the recipe says `requantize`.
+    Raises InputError where the group size does not divide a matrix's inputs, where one is published quantized in
+    another way, unless the recipe says `requantize`, and where a rule of the recipe matches no matrix.
     """
-    scheme = scheme_named(work.recipe.weights)
-    if scheme.bits is None:
-        return False
-    for entry in list(work.plan):
-        if kind_of(entry.weight).quantized:
-            _quantize(work, entry, scheme.bits, scheme.dtype)
+    entries = list(work.plan)
+    matrices = [entry for entry in entries if kind_of(entry.weight).quantized or entry.weight == EMBEDDING]
+    for rule in work.recipe.rules:
+        if not any(rule.matches(entry.weight) for entry in matrices):
+            raise InputError(
+                f'the recipe\'s rule for "{rule.matrices}" matches no matrix that is quantized; there is, for example, '
+                f"{matrices[0].weight.removesuffix('.weight')}. Correct the name, or leave the rule out."
+            )
+    changed = False
+    for entry in entries:
+        recipe = work.recipe.of(entry.weight)
+        scheme = scheme_named(recipe.weights)
+        if entry.weight == EMBEDDING:
+            changed |= quantize_embedding(work, entry)
+        elif kind_of(entry.weight).quantized and scheme.bits is not None:
+            if scheme.is_float:
+                _quantize_fp8(work, entry, scheme.dtype)
+            else:
+                _quantize(work, entry, recipe, scheme.bits, scheme.dtype)
+            changed = True
         elif METHODS[work.recipe.method].rescales and kind_of(entry.weight).name in ("norm", "router"):
             rescaled = (step("rescale", statistics=work.statistics), *entry.steps)
             work.plan.replace(entry.name, dataclasses.replace(entry, steps=rescaled))
-    return True
+    return changed
 
 
-def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
+def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype: str) -> None:
     if entry.steps[-1].name != "columns":
         raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
-    group, inputs = work.recipe.group_size, entry.shape[-2]
+    group, inputs = recipe.group_size, entry.shape[-2]
     if inputs % group:
         fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
         remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
         raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
-    method = method_for(entry.published, work.recipe)
+    method = method_for(entry.published, recipe)
     if method is AS_PUBLISHED:
         entry = dataclasses.replace(
             entry, pieces=tuple(dataclasses.replace(piece, as_stored=True) for piece in entry.pieces)
         )
-    elif entry.published and not work.recipe.requantize:
-        raise _published_otherwise(entry, work.recipe)
+    elif entry.published and not recipe.requantize:
+        raise _published_otherwise(entry, recipe)
     name, how = method.step, method.arguments(bits, group, work.statistics)
     codes = dataclasses.replace(
         entry.with_layout(step(name, output="codes", **how), step("pack_columns", bits=bits)),
@@ -77,16 +98,49 @@ def _quantize(work: ModelAndPlan, entry: Entry, bits: int, dtype: str) -> None:
         cut_multiple=group,
     )
     weight = work.graph.initializers[entry.name]
-    users = [use.node for use in weight.uses()]
     values = work.replace_weight(entry, codes, scales)
-    dequantize = ir.node(
-        "DequantizeLinear",
-        values,
-        {"axis": len(entry.shape) - 2, "block_size": group},
-        metadata_props={SCOPE: entry.name},
+    attributes = {"axis": len(entry.shape) - 2, "block_size": group}
+    _replace(work, weight, ir.node("DequantizeLinear", values, attributes, metadata_props={SCOPE: entry.name}))
+
+
+def _quantize_fp8(work: ModelAndPlan, entry: Entry, dtype: str) -> None:
+    """Codes are stored [..., outputs, inputs], as they are read: so a part of the outputs is a job, with their scales."""
+    if entry.steps[-1].name != "columns":
+        raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
+    if entry.published and not work.recipe.requantize:
+        raise _published_otherwise(entry, work.recipe)
+    *experts, inputs, outputs = entry.shape
+    codes = dataclasses.replace(
+        entry.with_layout(step("e4m3", output="codes"), step("rows", dtype=dtype)),
+        name=f"{entry.name}.codes",
+        dtype=dtype,
+        shape=(*experts, outputs, inputs),
+        cut="rows",
     )
-    work.graph.insert_before(users[0], dequantize)
-    weight.replace_all_uses_with(dequantize.outputs[0])
+    gains = dataclasses.replace(
+        entry.with_layout(step("e4m3", output="scales"), step("gains"), step("rows", dtype="float32")),
+        name=f"{entry.name}.gains",
+        shape=(*experts, 1, outputs),
+        parameters=0,
+        cut="rows",
+    )
+    weight = work.graph.initializers[entry.name]
+    stored, gain = work.replace_weight(entry, codes, gains)
+    base = work.constant(ir.tensor(np.array(BASE, np.float32), name="fp8_base"))
+    build = tape.Tape()
+    swapped = [*range(len(experts)), len(experts) + 1, len(experts)]
+    transposed = build.op("Transpose", [build.op("DequantizeLinear", [stored, base])], {"perm": swapped})
+    build.op("Mul", [transposed, gain])
+    for node in build.nodes:
+        node.metadata_props[SCOPE] = entry.name
+    _replace(work, weight, *build.nodes)
+
+
+def _replace(work: ModelAndPlan, weight: ir.Value, *nodes: ir.Node) -> None:
+    """Put nodes before the first use of `weight`, and the result of the last in its place."""
+    users = [use.node for use in weight.uses()]
+    work.graph.insert_before(users[0], nodes)
+    weight.replace_all_uses_with(nodes[-1].outputs[0])
 
 
 def _published_otherwise(entry: Entry, recipe: Recipe) -> InputError:

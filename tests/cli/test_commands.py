@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def test_ctrl_c_says_how_far_it_came_and_the_same_command_goes_on(
     arguments = ("compile", tiny_checkpoint("scout"), "-o", tmp_path / "out", "--group-size", 32, "--jobs", 1)
     left = iter(range(7))
     run = RunJob.__call__
+    # Python ignores the signal where it was ignored when it began, as in a shell's background jobs.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(self: RunJob, job: Any) -> tuple[str, ...]:
         if next(left, None) is None:
@@ -74,6 +77,7 @@ def test_ctrl_c_says_how_far_it_came_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(RunJob, "__call__", interrupted)
         stopped = corral(*arguments, code=130).stderr
+    signal.signal(signal.SIGINT, before)
     words = stopped.splitlines()[-1]
     assert re.fullmatch(r"stopped after 7 of \d+ jobs; the same command goes on from here\.", words)
     corral(*arguments)
@@ -231,6 +235,16 @@ def test_inspect_graph_counts_operators_by_domain(corral: Corral, bundle: Path) 
     [graph] = json.loads(corral("inspect", bundle, "--graph", "--json").stdout)
     assert graph["operators"]["com.microsoft::QMoE"] == 5
     assert "QMoE" in corral("inspect", bundle, "--graph").stdout
+
+
+def test_inspect_inputs_asks_for_polygraphy_and_a_file(
+    corral: Corral, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "step.json"
+    assert "Leave the other options out" in corral("inspect", bundle, "--files", "--inputs", out, code=2).stderr
+    monkeypatch.setitem(sys.modules, "polygraphy.json", None)
+    assert 'Run `pip install "corral[polygraphy]"`' in corral("inspect", bundle, "--inputs", out, code=3).stderr
+    assert list(tmp_path.glob("step*")) == []
 
 
 def test_inspect_coverage_and_files_add_up(corral: Corral, bundle: Path) -> None:

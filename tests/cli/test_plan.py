@@ -38,6 +38,12 @@ def test_a_checkpoint_and_its_exact_plan(corral: Corral, tiny_checkpoint: Callab
     options = ("--group-size", 32, "--exact", "--weights", "int8", "--json")
     data = json.loads(corral("plan", tiny_checkpoint("scout"), *options).stdout)
     assert data["exact_weights_bytes"] == data["weights_bytes"]
+
+
+def test_the_exact_plan_of_fp8_reads_no_weight_either(corral: Corral) -> None:
+    options = ("--exact", "--target", "tensorrt-rtx", "--weights", "fp8", "--json")
+    data = json.loads(corral("plan", "synthetic:debug", *options).stdout)
+    assert data["weights_bytes"] < data["exact_weights_bytes"] < 1.05 * data["weights_bytes"]
     assert data["context"] == 4096  # all that the model has
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from corral.runtime import LLM, SamplingParams
 from corral.spec.bundle import open_bundle
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.recipe import Recipe
+from corral.spec.rule import Rule
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -33,11 +36,12 @@ Bundle = Callable[..., Path]
 Checkpoint = Callable[[str], Path]
 
 
-def dequantized(matrix: Tensor) -> Tensor:
-    """[outputs, inputs] -> what 4-bit codes by the float32 scale, and the fp16 scale that is stored, make of it."""
-    groups = matrix.double().unflatten(-1, (-1, GROUP))
-    scale = (groups.abs().amax(-1, keepdim=True) / 7).float()
-    return ((groups / scale.double()).round().clamp(-7, 7) * scale.half().double()).flatten(-2).float()
+def dequantized(matrix: Tensor, bits: int = 4) -> Tensor:
+    """[outputs, inputs] -> what codes by the float32 scale, and the scale that is stored, make of it: fp16 of 4 bits."""
+    groups, largest = matrix.double().unflatten(-1, (-1, GROUP)), 2 ** (bits - 1) - 1
+    scale = (groups.abs().amax(-1, keepdim=True) / largest).float()
+    codes = (groups / scale.double()).round().clamp(-largest, largest)
+    return (codes * (scale.half() if bits == 4 else scale).double()).flatten(-2).float()
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ class RoundedExperts(Experts):
         return rounded(F.silu(gate) * up) @ self.down_proj[expert]
 
 
-def reference(directory: Path) -> Llama4Text:
+def reference(directory: Path, in_8_bits: Callable[[str], bool] = lambda name: False) -> Llama4Text:
     """The model with the kernels' arithmetic, but for the order of sums."""
     model = load_reference(open_checkpoint(directory))
     with torch.no_grad():
@@ -65,7 +69,7 @@ def reference(directory: Path) -> Llama4Text:
                 for parameter in (module.gate_up_proj, module.down_proj):
                     parameter.copy_(dequantized(parameter.transpose(1, 2)).transpose(1, 2))
             elif isinstance(module, nn.Linear) and "router" not in name:
-                module.weight.copy_(dequantized(module.weight))
+                module.weight.copy_(dequantized(module.weight, 8 if in_8_bits(name) else 4))
                 module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
     return model
 
@@ -81,6 +85,29 @@ def test_logits_are_those_of_the_stored_weights(tiny_checkpoint: Checkpoint, tin
     assert error.max(axis=-1).min() < 2e-6  # a row that no such value came into
     assert error.mean() < 1e-3
     assert error.max() < 2e-2
+
+
+def test_matrices_that_a_rule_stores_in_8_bits_are_left_to_onnx_runtime(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A whole module, one of three that would be merged, one of three that would be fused, and the head."""
+    patterns = ("layers.0.self_attn.*", "layers.1.self_attn.k_proj", "layers.2.*.shared_expert.up_proj", "lm_head")
+    rules = tuple(Rule(matrices=pattern, weights="int8") for pattern in patterns)
+    bundle = compile(tiny_checkpoint("scout"), tmp_path / "out", dataclasses.replace(RECIPE, rules=rules))
+    nodes = [node.op_type for node in onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node]
+    layers = bundle.manifest.model.num_layers
+    assert nodes.count("MatMulNBits") == 2 + 1 + 1 + 1
+    assert (nodes.count("Int4FeedForward"), nodes.count("Int4Experts")) == (layers - 1, layers)
+    ids = np.random.default_rng(3).integers(0, 256, 40)
+    model = reference(tiny_checkpoint("scout"), lambda name: any(fnmatchcase(name, pattern) for pattern in patterns))
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    error = np.abs(LLM(bundle).score(ids) - want) / np.abs(want).max()
+    assert error.max(axis=-1).min() < 2e-6
+    assert error.mean() < 1e-3
+    rule = Rule(matrices="layers.1.feed_forward.experts.*", weights="int8")
+    with pytest.raises(InputError, match=r"stored in 8 and 8 bits; .* Leave the rule out, or use --kernels stock"):
+        compile(tiny_checkpoint("scout"), tmp_path / "experts", dataclasses.replace(RECIPE, rules=(rule,)))
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(tiny_bundle: Bundle) -> None:

@@ -1,14 +1,17 @@
-"""Executors that tests watch and disturb."""
+"""Executors that tests watch and disturb; the demo model lowered for TensorRT."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from corral.graphs.execute.executors import Executor, Finished, RunJob
 from corral.graphs.execute.job import Job
+
+DEMO = Path(__file__).parents[2] / "demo" / "demo-scout"
 
 
 @dataclass
@@ -31,3 +34,20 @@ class Watched:
 def watched() -> type[Watched]:
     """`watched(executor, {20: function})`."""
     return Watched
+
+
+@pytest.fixture(scope="session")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`lowered("int4")` -> the demo model lowered for TensorRT, without engines; made once. Do not write into it."""
+    made: dict[str, Path] = {}
+
+    def make(weights: str) -> Path:
+        from corral.graphs import compile
+        from corral.spec.recipe import Recipe
+
+        if weights not in made:
+            made[weights] = tmp_path_factory.mktemp(weights) / "demo"
+            compile(DEMO, made[weights], Recipe(target="tensorrt-rtx", weights=weights, group_size=64))
+        return made[weights]
+
+    return make

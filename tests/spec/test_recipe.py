@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from corral.spec.errors import InputError
 from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES
 from corral.spec.recipe import Recipe, read_recipe
+from corral.spec.rule import Rule
 from corral.spec.target import TARGETS
 
 
@@ -21,6 +24,35 @@ def test_toml_round_trip(target: str, group_size: int, tmp_path: Path) -> None:
         (tmp_path / "recipe.toml").write_text(recipe.to_toml())
         assert read_recipe(tmp_path / "recipe.toml") == recipe
         assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+RULES = (
+    Rule(matrices="layers.*.self_attn.*", weights="int8", method="rtn"),
+    Rule(matrices="layers.2.self_attn.[qkv]_proj", group_size=32),
+    Rule(matrices="lm_head", weights="fp32"),
+)
+
+
+def test_rules_in_toml_and_json(tmp_path: Path) -> None:
+    recipe = Recipe(method="gptq", rules=RULES)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert read_recipe(tmp_path / "recipe.toml") == recipe
+    assert Recipe.from_json(json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+    assert '  { matrices = "lm_head", weights = "fp32" },' in recipe.to_toml().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("layers.2.self_attn.k_proj.weight", ("int8", 32, "rtn")),  # of both rules
+        ("layers.2.self_attn.o_proj.weight", ("int8", 64, "rtn")),
+        ("layers.2.feed_forward.experts.down_proj", ("int4", 64, "gptq")),
+        ("lm_head.weight", ("fp32", 64, "rtn")),  # nothing is rounded
+    ],
+)
+def test_later_rules_beat_earlier_ones_key_by_key(weight: str, expected: tuple[str, int, str]) -> None:
+    found = Recipe(method="gptq", group_size=64, rules=RULES).of(weight)
+    assert (found.weights, found.group_size, found.method, found.rules) == (*expected, ())
 
 
 def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> None:
@@ -42,6 +74,14 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"kernels": "magic"}, r'kernels "magic" are not known for target cpu; expected one of stock, corral'),
         ({"kernels": "corral", "target": "portable"}, r'kernels "corral" are not known for target portable'),
         ({"kernels": "corral", "weights": "int8"}, r'kernels "corral" compute int4 weights, not int8'),
+        ({"rules": {"matrices": "lm_head"}}, "rules is {'matrices': 'lm_head'}, expected a list"),
+        ({"rules": [{"weights": "int8"}]}, r"rule 1 is {'weights': 'int8'}; expected a table with `matrices`"),
+        ({"rules": [{"matrices": "*", "bits": 8}]}, r'rule 1: key "bits" is not known; expected matrices'),
+        ({"rules": [{"matrices": "*", "group_size": "32"}]}, "rule 1: group_size is '32', expected a int"),
+        ({"rules": [{"matrices": "*", "weights": "int3"}]}, r'rule for "\*": weights "int3" are not known'),
+        ({"rules": [{"matrices": "*", "method": "awq"}]}, "method awq scales inputs that matrices share"),
+        ({"method": "awq", "rules": [{"matrices": "*", "weights": "fp32"}]}, "method awq scales inputs"),
+        ({"target": "tensorrt", "rules": [{"matrices": "*"}]}, "target tensorrt takes no rules"),
         ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
     ],
     ids=str,
@@ -71,4 +111,4 @@ def test_bits_per_weight() -> None:
     assert SCHEMES["int4"].bits_per_weight(32) == 5
     assert SCHEMES["int4"].bits_per_weight(128) == 4.25
     assert SCHEMES["fp16"].bits_per_weight(128) == 16
-    assert [s.name for s in SCHEMES.values() if s.is_quantized] == ["int8", "int4"]
+    assert [s.name for s in SCHEMES.values() if s.is_quantized] == ["fp8", "int8", "int4"]

@@ -22,9 +22,14 @@ def test_gpus_are_chosen_by_name_or_number_each_once_lowest_first() -> None:
     [
         ({"gpu": "h100"}, r"capability 9\.0; it builds for 8\.0.*Use --target tensorrt for it"),
         ({"gpu": "7.5", "weights": "int4"}, r"no engines for compute capability 7\.5"),
+        (
+            {"gpu": "a100", "weights": "fp8"},
+            r"8\.0 has no fp8 weights.*takes fp16, int4, and fp8 needs one of 8\.9, 12\.0",
+        ),
+        ({"gpu": "8.9,rtx3090", "weights": "fp8"}, r"8\.6 has no fp8 weights"),
         ({"gpu": "rtx9999"}, r'gpu "rtx9999" is not known; expected a compute capability such as 8\.9, or one of'),
         ({"gpu": "8.9", "target": "cpu"}, r"takes no --gpu \(8\.9\).*tensorrt-rtx, tensorrt"),
-        ({"weights": "int8"}, "target tensorrt-rtx does not take int8 weights; it takes fp16, int4"),
+        ({"weights": "int8"}, "target tensorrt-rtx does not take int8 weights; it takes fp16, int4, fp8"),
         ({"max_context": 0}, "max_context is 0"),
         ({"max_batch": -1}, "max_batch is -1"),
     ],

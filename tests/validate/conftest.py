@@ -39,6 +39,13 @@ class FakeBuild:
         self.calls.append(self.name)
         return Run(time_to_first_token=0.01, tokens_per_second=next(self.speeds)) if self.kind == "bundle" else None
 
+    def continue_greedily(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        texts = [list(prompt) for prompt in prompts]
+        for text in texts:
+            for _ in range(count):
+                text.append(int(self.table[text[-1]].argmax()))
+        return [text[-count:] for text in texts]
+
 
 FakeBuilds = Callable[..., FakeBuild]
 

@@ -51,6 +51,8 @@ def test_report_as_json_has_the_promised_keys(tiny_bundle: TinyBundle) -> None:
     assert shared | {"top1_agreement", "top5_agreement", "perplexity_ratio"} <= candidate.keys()
     assert candidate["tokens_per_second_spread"].keys() == {"min", "max", "p25", "p75", "n"}
     assert data["measured"]["predictions"] == 100
+    assert candidate["between_tokens"]["n"] == 3 and candidate["between_tokens"]["p99"] is None
+    assert candidate["greedy_divergence"].keys() == {"alike", "tokens", "median"}
 
 
 def test_a_model_without_tokenizer_is_measured_on_token_ids(tiny_bundle: TinyBundle, tmp_path: Path) -> None:

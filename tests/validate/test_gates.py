@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -7,8 +8,11 @@ import pytest
 from corral.spec.errors import CheckFailed, InputError
 from corral.validate.accuracy import Accuracy
 from corral.validate.gates import GATES, check_gates
+from corral.validate.greedy import GreedyDivergence
+from corral.validate.layers import Fidelity
 from corral.validate.report import CandidateResult, Measured, ReferenceResult, Report
 from corral.validate.statistics import Distribution, Estimate
+from corral.validate.verdict import Verdict
 
 
 def report(*, kl: float = 0.01, top1: float = 0.95, ratio: float = 1.01) -> Report:
@@ -23,7 +27,11 @@ def report(*, kl: float = 0.01, top1: float = 0.95, ratio: float = 1.01) -> Repo
         reference=ReferenceResult(
             name="fp32", kind="bundle", bytes=8, perplexity=Estimate(5.0, math.nan), latency=None
         ),
-        candidates=(CandidateResult(name="int4", bytes=1, accuracy=accuracy, latency=None),),
+        candidates=(
+            CandidateResult(
+                name="int4", bytes=1, accuracy=accuracy, latency=None, greedy=GreedyDivergence(alike=(3,), tokens=3)
+            ),
+        ),
         measured=Measured(
             predictions=1, windows=1, window=2, prompt_tokens=1, decode_tokens=2, repeats=1, threads=1, provider="cpu"
         ),
@@ -49,6 +57,14 @@ def test_every_broken_limit_is_told_with_what_was_got() -> None:
 def test_nan_keeps_no_limit(gate: str) -> None:
     with pytest.raises(CheckFailed, match="is nan"):
         check_gates(report(kl=math.nan, top1=math.nan, ratio=math.nan), {gate: 0.5})
+
+
+def test_a_broken_part_is_told_whatever_the_limits() -> None:
+    verdict = Verdict(part="experts", layer=2, experts=(5,), found=Fidelity(signal_to_noise=0.0, gain=0.0))
+    good = report()
+    bad = dataclasses.replace(good, candidates=(dataclasses.replace(good.candidates[0], verdict=verdict),))
+    with pytest.raises(CheckFailed, match=r"int4 is broken in layer 2, expert 5: 0\.0 dB"):
+        check_gates(bad, dict.fromkeys(GATES))
 
 
 def test_unknown_gate_is_refused() -> None:

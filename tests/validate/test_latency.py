@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from corral.validate.build import Run
 from corral.validate.latency import measure_latency
 
 FakeBuilds = Callable[..., Any]
@@ -28,3 +29,17 @@ def test_a_checkpoint_has_no_speed(fake_build: FakeBuilds) -> None:
     none, latency = measure_latency([reference, bundle], [1], repeats=1)
     assert none is None
     assert latency is not None and latency.tokens_per_second.median == 2.0
+
+
+def test_every_token_of_every_run_is_a_sample(fake_build: FakeBuilds, monkeypatch: Any) -> None:
+    build = fake_build("bundle", TABLE)
+    runs = iter(
+        [Run(time_to_first_token=1.0, tokens_per_second=1.0, between_tokens=(float(i),) * 40) for i in range(4)]
+    )
+    monkeypatch.setattr(build, "time_decode", lambda prompt, tokens: next(runs))
+    [latency] = measure_latency([build], [1], repeats=3)
+    assert latency is not None
+    assert latency.between_tokens.n == 120  # and the first round is warm-up
+    assert latency.between_tokens.p50 is not None and latency.between_tokens.p50.value == 2.0
+    assert latency.between_tokens.p95 is not None and latency.between_tokens.p99 is None
+    assert latency.first_tokens.p50 is None  # three are too few

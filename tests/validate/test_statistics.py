@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from corral.validate.statistics import Estimate, distribution, estimate, exponential, spread
+from corral.validate.statistics import Estimate, distribution, estimate, exponential, quantiles, spread
 
 
 def windows(*values: list[float]) -> list[np.ndarray]:
@@ -70,3 +70,28 @@ def test_exponential_of_a_hopeless_model_is_still_a_number() -> None:
 def test_spread_of_repeated_runs() -> None:
     found = spread([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (found.median, found.min, found.max, found.p25, found.p75, found.n) == (3.0, 1.0, 5.0, 2.0, 4.0, 5)
+
+
+def test_percentiles_with_too_few_samples_are_not_given() -> None:
+    for n, known in ((5, ""), (6, "p50"), (71, "p50"), (72, "p50 p95"), (367, "p50 p95"), (368, "p50 p95 p99")):
+        found = quantiles(range(n))
+        assert " ".join(p for p in ("p50", "p95", "p99") if getattr(found, p) is not None) == known
+        assert found.n == n
+
+
+def test_six_measurements_hold_the_median_between_their_extremes() -> None:
+    # All six on one side of it: twice 1 in 64, 3.1 %.
+    p50 = quantiles([3.0, 1.0, 2.0, 6.0, 4.0, 5.0]).p50
+    assert p50 is not None and (p50.low, p50.value, p50.high) == (1.0, 3.5, 6.0)
+
+
+def test_intervals_hold_the_true_percentile_as_often_as_they_say() -> None:
+    # Of 2000 samples, at least 95 % less four standard errors.
+    random = np.random.default_rng(0)
+    inside = {"p50": 0, "p95": 0}
+    for sample in random.random((2000, 120)):
+        found = quantiles(sample.tolist())
+        for name, truth in (("p50", 0.5), ("p95", 0.95)):
+            quantile = getattr(found, name)
+            inside[name] += quantile.low <= truth <= quantile.high
+    assert min(inside.values()) >= 2000 * (0.95 - 4 * math.sqrt(0.95 * 0.05 / 2000))

@@ -6,10 +6,12 @@ from onnx_ir import tape
 
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
+from corral.graphs.lower.corral_cpu.matmul import BITS
 from corral.graphs.lower.corral_cpu.stored import import_kernels, store_tiles
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.quantized_weight import find_quantized
 from corral.spec import cpu_ops
+from corral.spec.errors import InputError
 
 EXPERTS = "Int4Experts"
 
@@ -26,6 +28,11 @@ def lower_int4_experts(work: ModelAndPlan) -> bool:
         gate_up, down = (find_quantized(work, weight) for weight in weights)
         if gate_up is None or down is None:
             raise PatternAbsent(f"the experts of {node.name} are not quantized")
+        if (gate_up.bits, down.bits) != (BITS, BITS):
+            raise InputError(
+                f"{gate_up.codes.weight} and {down.codes.weight} are stored in {gate_up.bits} and {down.bits} bits; corral's "
+                "CPU kernels compute int4 experts. Leave the rule out, or use --kernels stock."
+            )
         build = tape.Tape()
         stored = [*store_tiles(work, gate_up), *store_tiles(work, down)]
         attributes = {"k": node.attributes["k"].as_int()}

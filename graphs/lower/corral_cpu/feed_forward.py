@@ -14,16 +14,26 @@ from corral.graphs.lower.onnxruntime.merge_matmul import merge_stored
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.spec.cpu_ops import DOMAIN
 from corral.spec.errors import InputError
+from corral.spec.model_config import LayerConfig
 
 FEED_FORWARD = "Int4FeedForward"
 
 
 def fuse_int4_feed_forward(work: ModelAndPlan) -> bool:
-    """Fuse every feed-forward. Raises PatternAbsent unless there is one a layer, InputError where its halves differ."""
+    """Fuse the feed-forward of every layer that has it in int4, which is all but those that a recipe's rule stores otherwise.
+
+    Raises PatternAbsent where one was not found, and InputError where its halves differ.
+    """
+    expected = sum(_all_int4(work, i, layer) for i, layer in enumerate(work.config.layers))
     fused = sum(_fuse(work, down) for down in work.nodes(MATMUL, DOMAIN))
-    if fused != work.config.num_layers:
-        raise PatternAbsent(f"fuse_int4_feed_forward fused {fused} feed-forwards, expected {work.config.num_layers}")
-    return True
+    if fused != expected:
+        raise PatternAbsent(f"fuse_int4_feed_forward fused {fused} feed-forwards, expected {expected}")
+    return bool(fused)
+
+
+def _all_int4(work: ModelAndPlan, number: int, layer: LayerConfig) -> bool:
+    name = f"layers.{number}.feed_forward{'.shared_expert' if layer.moe else ''}"
+    return all(work.recipe.of(f"{name}.{part}_proj.weight").weights == "int4" for part in ("gate", "up", "down"))
 
 
 def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:

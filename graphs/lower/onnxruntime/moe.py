@@ -22,6 +22,7 @@ from corral.exporter.ops.moe import NAME
 from corral.graphs.lower.onnxruntime.contrib import CONTRIB, INT8_DOT_PRODUCTS, import_contrib
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.quantized_weight import QuantizedWeight, find_quantized
+from corral.spec.errors import InputError
 from corral.spec.weight_plan import Entry, step
 
 SWIGLU: dict[str, int | float | str] = {
@@ -79,6 +80,11 @@ class _Experts:
         quantized = find_quantized(work, gate_up), find_quantized(work, down)
         self.op = "MoE"
         self.attributes: dict[str, int | float | str] = dict(SWIGLU)
+        if len({weight and (weight.bits, weight.group_size) for weight in quantized}) > 1:
+            raise InputError(
+                f"{gate_up.name} and {down.name}, of the same experts, are stored with different weights or group sizes, and "
+                "ONNX Runtime's kernel wants them alike. Let one rule of the recipe match both."
+            )
         if quantized[0] and quantized[1]:
             self.op = "QMoE"
             self.attributes |= {

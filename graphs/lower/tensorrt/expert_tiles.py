@@ -11,43 +11,66 @@ import dataclasses
 import onnx_ir as ir
 
 from corral.exporter.capture import SCOPE
-from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.quantize.quantized_weight import find_quantized
 from corral.spec.errors import InputError
+from corral.spec.expert_tiles import chosen_tiles
 from corral.spec.weight_plan import Entry, Source
 
 Tile = tuple[ir.Value, ir.Value]  # gate_up, down
 
 
-def cut_experts(work: ModelAndPlan, node: ir.Node, tiles: int) -> list[Tile]:
-    """The matrices of a corral::MoE, in tiles. Raises InputError where these do not hold whole groups of inputs."""
+def cut_experts(work: ModelAndPlan, node: ir.Node) -> list[Tile]:
+    """The matrices of a corral::MoE in as many tiles as the recipe says, or where that is open as its GPU's cache wants.
+
+    Raises InputError where the recipe's tiles do not hold whole groups of inputs, or the matrices cannot be cut.
+    """
     gate_up, down = node.inputs[2:4]
     assert gate_up is not None and down is not None
+    tiles = _tiles(work, gate_up, down)
     if tiles == 1:
         return [(gate_up, down)]
-    width = work.config.intermediate_size
-    if width % tiles or (width // tiles) % work.recipe.group_size:
-        raise InputError(
-            f"expert_tiles is {tiles}: the experts' {width} columns do not divide into that many tiles of whole groups "
-            f"of {work.recipe.group_size}. Choose another --expert-tiles, or a smaller --group-size."
-        )
     return list(
         zip(_cut(work, node, gate_up, tiles, rows=True), _cut(work, node, down, tiles, rows=False), strict=True)
     )
+
+
+def _tiles(work: ModelAndPlan, gate_up: ir.Value, down: ir.Value) -> int:
+    config, tiles = work.config, work.recipe.expert_tiles
+    entries = [_divisible(work, weight) for weight in (gate_up, down)]
+    if tiles == 1 or not (tiles or all(entries)):
+        return 1
+    if None in entries:
+        raise InputError(
+            f"expert_tiles is {tiles}, but these experts cannot be cut: FP8 has one scale for all of an output's inputs, "
+            "and gptq quantizes a matrix as a whole. Use --expert-tiles 1, or other --weights or --method."
+        )
+    assert entries[1] is not None
+    stored = work.recipe.of(entries[1].weight)
+    if not tiles:
+        return chosen_tiles(config, weights=stored.weights, group_size=stored.group_size, gpu=work.recipe.gpu)
+    if config.intermediate_size % (tiles * stored.group_size):
+        raise InputError(
+            f"expert_tiles is {tiles}: the experts' {config.intermediate_size} columns do not divide into that many "
+            f"tiles of whole groups of {stored.group_size}. Choose another --expert-tiles, or a smaller --group-size."
+        )
+    return tiles
+
+
+def _divisible(work: ModelAndPlan, weight: ir.Value) -> Entry | None:
+    """The entry of a weight that is stored as it is, or quantized by groups of inputs; None for any other."""
+    quantized = find_quantized(work, weight)
+    if quantized is not None:
+        return quantized.codes if quantized.codes.cut == "columns" else None
+    return work.entry_of(weight)
 
 
 def _cut(work: ModelAndPlan, node: ir.Node, weight: ir.Value, tiles: int, *, rows: bool) -> list[ir.Value]:
     """One weight in tiles of its outputs (`rows` of its sources), or of its inputs."""
     quantized, entry = find_quantized(work, weight), work.entry_of(weight)
     if quantized is None:
-        if entry is None:
-            raise PatternAbsent(f"{weight.name} is no planned weight")
+        assert entry is not None
         return work.replace_weight(entry, *(_tile(entry, i, tiles, rows) for i in range(tiles)))
-    if quantized.codes.cut is None:
-        raise InputError(
-            f"--method {work.recipe.method} quantizes an expert's matrices as a whole, so they cannot be cut into "
-            f"{tiles} tiles. Use --expert-tiles 1, or another --method."
-        )
     for i in range(2):
         quantized.dequantize.replace_input_with(i, None)
     parts = [

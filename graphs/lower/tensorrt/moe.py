@@ -27,9 +27,10 @@ from corral.exporter.capture import SCOPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
 from corral.graphs.lower.tensorrt.expert_tiles import Tile, cut_experts
+from corral.graphs.lower.tensorrt.fp8 import fp8_product, fp8_weight
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.methods import METHODS
-from corral.spec.expert_tiles import MAX_BLOCK, chosen_tiles
+from corral.graphs.quantize.calibrate import ACTIVATED, INPUT
+from corral.spec.expert_tiles import MAX_BLOCK
 
 LAYER = re.compile(r"layers\.\d+")
 LOWEST = np.finfo(np.float32).min
@@ -51,19 +52,11 @@ def lower_moe(work: ModelAndPlan) -> bool:
     return bool(nodes)
 
 
-def tiles_of(work: ModelAndPlan) -> int:
-    """In how many tiles the experts are cut: as the recipe says, or where that is open as its GPU's cache wants."""
-    recipe = work.recipe
-    if recipe.expert_tiles or not METHODS[recipe.method].by_group:
-        return max(recipe.expert_tiles, 1)
-    return chosen_tiles(work.config, weights=recipe.weights, group_size=recipe.group_size, gpu=recipe.gpu)
-
-
 class _Blocks:
     """One layer being lowered. Letters: T tokens, k experts a token, V = T * k visits, NB blocks of B rows."""
 
     def __init__(self, build: tape.Tape, work: ModelAndPlan) -> None:
-        self.op, self.work = build.op, work
+        self.build, self.op, self.work = build, build.op, work
         self.multi = build.op_multi_out
         self.experts, self.hidden = work.config.num_local_experts, work.config.hidden_size
         self.k = work.config.num_experts_per_tok
@@ -72,7 +65,7 @@ class _Blocks:
     def routed(self, node: ir.Node) -> ir.Value:
         x, logits = node.inputs[:2]
         assert x is not None
-        tiles = cut_experts(self.work, node, tiles_of(self.work))
+        tiles = cut_experts(self.work, node)
         top, chosen = self.multi("TopK", [logits, self.ints(self.k)], {"axis": -1}, num_outputs=2)
         gate_V1, expert_V1 = self.rows(self.op("Sigmoid", [top]), 1), self.rows(chosen, 1)
         visits_VH = self.op("Mul", [self.repeated(self.rows(x, self.hidden)), gate_V1])
@@ -81,7 +74,7 @@ class _Blocks:
         block = self.block_size(count)
         slot_V, expert_NB = self.slots(expert_V1, count, block)
         blocks_NBBH = self.scattered(visits_VH, slot_V, expert_NB, block)
-        answer = self.in_tiles(blocks_NBBH, tiles, expert_NB)
+        answer = self.in_tiles(blocks_NBBH, tiles, expert_NB, node.metadata_props.get(SCOPE, ""))
         answers_VH = self.op("Gather", [self.rows(answer, self.hidden), slot_V], {"axis": 0})
         return self.op("Reshape", [self.summed(answers_VH), self.op("Shape", [x])])
 
@@ -127,12 +120,12 @@ class _Blocks:
         filled = self.op("ScatterND", [zeros, index_V1, visits_VH])
         return self.op("Reshape", [filled, self.op("Concat", [blocks, one_block, self.ints(self.hidden)], {"axis": 0})])
 
-    def in_tiles(self, x: ir.Value, tiles: list[Tile], expert_NB: ir.Value) -> ir.Value:
+    def in_tiles(self, x: ir.Value, tiles: list[Tile], expert_NB: ir.Value, scope: str) -> ir.Value:
         """The sum of all tiles' answers, each begun when those before are done."""
         gate_up, down = tiles[0]
-        total = self.swiglu(x, gate_up, down, expert_NB)
+        total = self.swiglu(x, gate_up, down, expert_NB, scope)
         for gate_up, down in tiles[1:]:
-            answer = self.swiglu(x, gate_up, down, self.after(total, expert_NB))
+            answer = self.swiglu(x, gate_up, down, self.after(total, expert_NB), scope)
             total = self.total("Add", total, answer)
         return total
 
@@ -156,12 +149,22 @@ class _Blocks:
         self.totals.append(node)
         return value
 
-    def swiglu(self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
+    def swiglu(
+        self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value, scope: str
+    ) -> ir.Value:
         """(silu(x @ gate) * (x @ up)) @ down, per block with its expert's matrices."""
-        both = self.op("MatMul", [x, self.op("Gather", [gate_up, expert_NB], {"axis": 0})])
+        both = self.product(x, gate_up, expert_NB, f"{scope}.{INPUT}")
         gate, up = self.multi("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2)
         silu = self.op("Mul", [gate, self.op("Sigmoid", [gate])])
-        return self.op("MatMul", [self.op("Mul", [silu, up]), self.op("Gather", [down, expert_NB], {"axis": 0})])
+        return self.product(self.op("Mul", [silu, up]), down, expert_NB, f"{scope}.{ACTIVATED}")
+
+    def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value, name: str) -> ir.Value:
+        """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]; `name` is x's in the calibration."""
+        fp8 = fp8_weight(self.work, weight)
+        if fp8 is None:
+            return self.op("MatMul", [x, self.op("Gather", [weight, expert_NB], {"axis": 0})])
+        codes, gains = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in fp8)
+        return fp8_product(self.build, self.work, x, (codes, gains), name=name, axes=(0, 2, 1))
 
     def repeated(self, x_TH: ir.Value) -> ir.Value:
         """Each token once per visit: [T, H] -> [V, H]."""

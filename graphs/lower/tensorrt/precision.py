@@ -25,10 +25,13 @@ from corral.spec.target import target_named
 from corral.spec.weight_plan import step
 
 FLOAT = ir.DataType.FLOAT
+COMPUTED = (FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # FP8 is storage: only QuantizeLinear makes it
 WIDE_OPS = frozenset({"RMSNormalization", "RotaryEmbedding", "TopK"})
 # The decoder itself (angles, choice of rows), a layer itself (residual sums), norms, routers.
 WIDE_SCOPES = re.compile(r"|layers\.\d+|.*norm|.*\.router")
-NO_FLOAT = frozenset({"Shape", "Equal", "LessOrEqual"})  # operators whose result is no float though an input may be
+NO_FLOAT = frozenset(
+    {"Shape", "Equal", "LessOrEqual", "QuantizeLinear"}
+)  # operators whose result is no float though an input may be
 
 
 def lower_precision(work: ModelAndPlan) -> bool:
@@ -59,15 +62,20 @@ def _is_wide(node: ir.Node) -> bool:
 
 
 def _narrow_weights(work: ModelAndPlan, dtype: str) -> None:
-    """Store in `dtype` each float32 weight that no float32 operator reads."""
-    for entry in list(work.plan):
-        value = work.graph.initializers.get(entry.name)
-        if value is None or entry.dtype != "float32" or any(_is_wide(use.node) for use in value.uses()):
+    """Store in `dtype` each float32 weight and constant that no float32 operator reads."""
+    for name, value in list(work.graph.initializers.items()):
+        if value.dtype != FLOAT or not value.uses() or any(_is_wide(use.node) for use in value.uses()):
             continue
-        last = entry.steps[-1]
-        narrow = dataclasses.replace(entry.with_layout(step(last.name, dtype=dtype)), dtype=dtype)
-        replace_initializer(work.graph, value, narrow)
-        work.plan.replace(entry.name, narrow)
+        entry = work.plan.entries.get(name)
+        if entry is not None:
+            last = entry.steps[-1]
+            narrow = dataclasses.replace(entry.with_layout(step(last.name, dtype=dtype)), dtype=dtype)
+            replace_initializer(work.graph, value, narrow)
+            work.plan.replace(entry.name, narrow)
+        else:
+            assert value.const_value is not None
+            number = value.const_value.numpy().astype(ONNX_TYPE[dtype].numpy())
+            value.const_value, value.type = ir.tensor(number, name=name), ir.TensorType(ONNX_TYPE[dtype])
 
 
 def _widened(output: ir.Value) -> ir.Value:
@@ -90,9 +98,9 @@ class _Types:
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def of(self, value: ir.Value) -> ir.DataType | None:
-        """None where it is not floating point."""
+        """None where it is no floating-point type that is computed in."""
         if value.is_graph_input() or value.is_initializer():
-            return value.dtype if value.dtype is not None and value.dtype.is_floating_point() else None
+            return value.dtype if value.dtype in COMPUTED else None
         return self._types.get(value)
 
     def note_outputs(self, node: ir.Node, compute: ir.DataType) -> None:
@@ -100,7 +108,7 @@ class _Types:
             compute = ir.DataType(node.attributes["to"].as_int())
         elif node.op_type in NO_FLOAT or not any(value and self.of(value) for value in node.inputs):
             return
-        if compute.is_floating_point():
+        if compute in COMPUTED:
             self._types[node.outputs[0]] = compute
 
     def cast(self, value: ir.Value, to: ir.DataType, user: ir.Node) -> ir.Value:

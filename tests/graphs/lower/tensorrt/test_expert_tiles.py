@@ -89,8 +89,10 @@ def test_an_engine_writes_one_tile_at_a_time(tmp_path: Path) -> None:
 def test_tiles_that_do_not_fit_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="64 columns do not divide into that many tiles of whole groups of 32"):
         tiled(tiny_checkpoint("scout"), tmp_path / "out", tiles=4)
-    with pytest.raises(InputError, match="--method gptq quantizes an expert's matrices as a whole"):
+    with pytest.raises(InputError, match="experts cannot be cut: FP8 has one scale"):
         tiled(tiny_checkpoint("scout"), tmp_path / "out", method="gptq")
+    with pytest.raises(InputError, match="experts cannot be cut: FP8 has one scale"):
+        tiled(tiny_checkpoint("scout"), tmp_path / "out", "fp8")
     with pytest.raises(InputError, match="expert_tiles is -1"):
         Recipe(target="tensorrt-rtx", weights="fp16", expert_tiles=-1)
     assert not (tmp_path / "out").exists()

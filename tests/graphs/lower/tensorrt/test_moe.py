@@ -45,7 +45,9 @@ def make_session(config: dict[str, Any], k: int) -> tuple[ort.InferenceSession, 
         model, WeightPlan({}), parse_config(config | small), Recipe(target="tensorrt-rtx", weights="fp16")
     )
     assert lower_moe(work)
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString()), gate_up, down
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options), gate_up, down
 
 
 def expected(x: np.ndarray, logits: np.ndarray, gate_up: np.ndarray, down: np.ndarray, k: int) -> np.ndarray:

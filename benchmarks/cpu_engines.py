@@ -1,0 +1,178 @@
+"""One model in a process of its own, driven over pipes: corral.runtime or llama.cpp, timed by the same tests.
+
+    python benchmarks/cpu_engines.py corral|llama.cpp MODEL THREADS [PEER]
+
+reads tests as JSON lines and answers each with seconds, so that two engines never run at once and neither's threads
+outlive its turn in the other's process. Both choose every token by its largest logit and get the same random ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+BATCH = 512  # tokens of a llama.cpp step, its own default
+
+
+@dataclass(frozen=True)
+class Test:
+    """`sequences` prompts of `prompt` random tokens each, then `tokens` chosen ones for each."""
+
+    sequences: int
+    prompt: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds to the first token of all sequences, and after it."""
+
+    prefill: float
+    decode: float
+
+
+class Engine(Protocol):
+    """Something that can be timed."""
+
+    vocab_size: int
+
+    def run(self, prompts: list[list[int]], tokens: int) -> Result: ...
+
+
+class Corral:
+    """A bundle, through `LLM.generate`."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        from corral.runtime import LLM
+
+        self._llm = LLM(model, threads=threads, verify=False)
+        self.vocab_size = self._llm.config.vocab_size
+
+    def run(self, prompts: list[list[int]], tokens: int) -> Result:
+        from corral.runtime import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        timings = [done.timings for done in self._llm.generate(prompts, params)]
+        first = max(timing.first_token for timing in timings)
+        return Result(first, max(timing.total for timing in timings) - first)
+
+
+class LlamaCpp:
+    """A GGUF file, through llama.cpp's C interface."""
+
+    def __init__(self, model: str, threads: int, peer: str) -> None:
+        from llama_cpp_peer import Gguf, Peer
+
+        self._open = lambda context, sequences: Gguf(
+            Peer(Path(peer)), Path(model), threads=threads, context=context, sequences=sequences
+        )
+        self._gguf, self._room = self._open(1024, 1), (1024, 1)
+        self.vocab_size = self._gguf.vocab_size
+
+    def run(self, prompts: list[list[int]], tokens: int) -> Result:
+        length = len(prompts[0])
+        room = (max(1024, (length + tokens + 255) // 256 * 256), len(prompts))
+        if room != self._room:  # a context is made once a test, and its time is not counted
+            self._gguf.close()
+            self._gguf, self._room = self._open(*room), room
+        self._gguf.clear()
+        started = time.perf_counter()
+        each = max(1, BATCH // len(prompts))
+        for start in range(0, length, each):
+            self._gguf.step([prompt[start : start + each] for prompt in prompts], start)
+        chosen = self._gguf.greedy(len(prompts))
+        first = time.perf_counter()
+        for past in range(length, length + tokens - 1):
+            self._gguf.step([[token] for token in chosen], past)
+            chosen = self._gguf.greedy(len(prompts))
+        return Result(first - started, time.perf_counter() - first)
+
+
+ENGINES: dict[str, Any] = {"corral": Corral, "llama.cpp": LlamaCpp}
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that belongs to no file."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
+
+
+class Worker:
+    """The other end of the pipes: starts the process, sends tests, reads results."""
+
+    def __init__(self, engine: str, model: Path, threads: int, peer: Path | None) -> None:
+        more = [str(peer)] if engine == "llama.cpp" else []
+        started = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, engine, str(model), str(threads), *more],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.opened = self._read()
+        self.run(Test(1, 16, 2))
+        self.cold_to_second_token = time.perf_counter() - started  # interpreter, imports, opening, 16 tokens, one more
+
+    def run(self, test: Test) -> Result:
+        return Result(**self._ask(test))
+
+    def memory(self) -> dict[str, int]:
+        """Anonymous memory before the model was opened, after it, and now, in bytes."""
+        return {"imported": self.opened["imported"], "opened": self.opened["opened"], "now": self._ask(None)["now"]}
+
+    def close(self) -> None:
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.wait()
+
+    def _ask(self, test: Test | None) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(test and asdict(test)) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"{self._process.args} ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def main() -> None:
+    engine, model, threads, *peer = sys.argv[1:]
+    out = sys.stdout
+    sys.stdout = sys.stderr  # nothing that a library prints may come between the answers
+    if engine == "corral":
+        import onnxruntime  # noqa: F401  # what it takes by itself is not the model's
+    imported, started = anonymous_bytes(), time.perf_counter()
+    opened: Engine = ENGINES[engine](model, int(threads), *peer)
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - started, "imported": imported, "opened": anonymous_bytes()},
+        ),
+        file=out,
+        flush=True,
+    )
+    rng = np.random.default_rng(0)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if asked is None:
+            answer = {"now": anonymous_bytes()}
+        else:
+            test = Test(**asked)
+            prompts = rng.integers(0, opened.vocab_size, (test.sequences, test.prompt)).tolist()
+            answer = asdict(opened.run(prompts, test.tokens))
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
