@@ -46,6 +46,7 @@ RECIPE_HELP = {
     "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
     "max_context": "Of engines: tokens of a sequence.",
     "max_batch": "Of engines: sequences that decode together.",
+    "expert_tiles": "Of engines: tiles of the experts' columns; 0: chosen for the GPU.",
     "weight_streaming": "Of engines: build them so that part of the weights may stay in the host's memory.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
 }

@@ -20,7 +20,7 @@ from corral.spec.target import check_capability, target_named
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
 LEAST_CALIBRATION_TOKENS = 512
-ENGINE_KEYS = ("gpu", "max_context", "max_batch", "weight_streaming")
+ENGINE_KEYS = ("gpu", "max_context", "max_batch", "weight_streaming", "expert_tiles")
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
 
@@ -41,6 +41,7 @@ class Recipe:
     gpu: str = ""  # of engines: GPUs or compute capabilities, by comma
     max_context: int = DEFAULT_MAX_CONTEXT  # of engines: rows of a global layer's cache
     max_batch: int = DEFAULT_MAX_BATCH  # of engines: sequences that decode together
+    expert_tiles: int = 0  # of engines: tiles of the experts' columns; 0: as the GPU's cache wants, or 1 without a GPU
     weight_streaming: bool = False  # of engines: part of the weights may stay in the host's memory
     rules: tuple[Rule, ...] = ()  # matrices that are stored otherwise; a later rule beats an earlier one
 
@@ -78,6 +79,8 @@ class Recipe:
         for key in ("max_context", "max_batch"):
             if not 1 <= getattr(self, key) < 1 << 31:
                 raise InputError(f"{key} is {getattr(self, key)}, expected a whole number of at least 1.")
+        if self.expert_tiles < 0:
+            raise InputError(f"expert_tiles is {self.expert_tiles}, expected a number of tiles, or 0 to choose one.")
         for capability in self.capabilities:
             check_capability(target, capability, scheme.name)
         self._check_rules()
