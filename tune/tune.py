@@ -58,7 +58,7 @@ def tune(
         speed = measure_speed(Path(checkpoint), recipe, sizes, parts, threads=threads, progress=progress)
     with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
         statistics = statistics_of(source, Path(scratch), "tune")
-        gather(source, calibrated, statistics, hessian=True, progress=progress)
+        gather(source, calibrated, statistics, products="whole", progress=progress)
         meter = Meter(source, statistics, held_out)
         within = limit_of(budget, parts, meter, sizes, speed)
         tried = _try_all(meter, sizes, parts, storages, progress)

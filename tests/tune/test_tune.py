@@ -193,7 +193,7 @@ def test_calibrated_methods_are_told_apart(tiny_checkpoint: TinyCheckpoint, tmp_
     checkpoint = open_checkpoint(tiny_checkpoint("guard"))
     ids = np.random.default_rng(3).integers(0, 256, (16, 64))
     statistics = statistics_of(checkpoint, tmp_path, "test")
-    gather(checkpoint, ids, statistics, hessian=True)
+    gather(checkpoint, ids, statistics, products="whole")
     meter = Meter(checkpoint, statistics, ids)
     parts = parts_of(checkpoint.config, checkpoint.names)
     gptq = dataclasses.replace(INT4, method="gptq")
