@@ -51,7 +51,7 @@ class Recorder:
         logits = self.session.run(step)
         self.seconds.append(round(time.monotonic() - started, 1))
         print(f"step of {step.positions_BS.size} tokens: {self.seconds[-1]} s", file=sys.stderr)
-        self.logits.append(logits[0, -1])
+        self.logits.append(logits[0, -1].copy())
         return logits
 
     def release(self) -> None:

@@ -37,7 +37,7 @@ RECIPE_HELP = {
     "target": f"Where it will run: {', '.join(TARGETS)}.",
     "weights": f"How weight matrices are stored: {', '.join(SCHEMES)}.",
     "method": f"How they are quantized: {', '.join(METHODS)}.",
-    "calibration": "For calibrated methods: a text file, or the name of a text that corral ships.",
+    "calibration": "For calibrated methods and fp8: a text file, or the name of a text that corral ships.",
     "calibration_tokens": "Tokens of that text that are used, at most.",
     "stages": "Ranges of layers, each with a graph and weight shards of its own.",
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",
@@ -46,6 +46,7 @@ RECIPE_HELP = {
     "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
     "max_context": "Of engines: tokens of a sequence.",
     "max_batch": "Of engines: sequences that decode together.",
+    "expert_tiles": "Of engines: tiles of the experts' columns; 0: chosen for the GPU.",
     "weight_streaming": "Of engines: build them so that part of the weights may stay in the host's memory.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,9 @@ SHOWN = ("bf16", "fp8", "int8", "int4")
 @click.option(
     "--group-size", type=int, default=DEFAULT_GROUP_SIZE, show_default=True, help="Inputs that share a scale."
 )
-@click.option("--target", default="cpu", show_default=True, help="Of --exact: the target to plan for.")
+@click.option(
+    "--target", default="cpu", show_default=True, help="Of --exact, and of experts in tiles: the target to plan for."
+)
 @click.option("--context", default="128k", show_default=True, help="Tokens of a sequence: 131072, 128k, 10M.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once.")
 @click.option("--kv", default="bf16", show_default=True, help="How the KV cache is stored: fp32, bf16, fp8.")
@@ -44,8 +45,10 @@ def command(
 
     Figures follow from formulas; nothing is measured.
     """
+    from corral.cli.expert_tiles_view import expert_tiles, show_expert_tiles
     from corral.cli.tables import print_json
     from corral.spec.estimate import Serving, estimate
+    from corral.spec.target import target_named
 
     gpu = gpu_named(options.pop("gpu"))
     if group_size not in GROUP_SIZES:
@@ -62,10 +65,15 @@ def command(
     data["builds"] = {name: build.to_json() for name, build in builds.items()}
     if exact:
         data["exact_weights_bytes"] = _exact(checkpoint, target, choice, group_size)
+    tiled = target_named(target).engine is not None and config.num_local_experts > 0
+    if tiled:
+        data["expert_tiles"] = expert_tiles(config, choice, group_size, gpu)
     if as_json:
         print_json(data)
         return
     _show(title, config, builds, data)
+    if tiled:
+        show_expert_tiles(data["expert_tiles"], gpu)
 
 
 def _tokens(text: str) -> int:
@@ -112,8 +120,7 @@ def _exact(checkpoint: Path, target: str, weights: str, group_size: int) -> int:
     preset = str(checkpoint) in PRESETS and not checkpoint.is_dir()
     source = open_checkpoint(f"synthetic:{checkpoint}" if preset else checkpoint, weights=False)
     recipe = Recipe(target=target, weights=weights, group_size=group_size, requantize=True)
-    any_range = defaultdict[str, float](lambda: 1.0)  # sizes do not depend on it
-    return sum(entry.nbytes for entry in lower(source, recipe, ranges=any_range).plan)
+    return sum(entry.nbytes for entry in lower(source, recipe).plan)
 
 
 def _show(title: str, config: ModelConfig, builds: dict[str, Estimate], data: dict[str, Any]) -> None:

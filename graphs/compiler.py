@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from corral.exporter.export import export
@@ -13,7 +12,6 @@ from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import check_out
 from corral.graphs.pipeline import phases, run_phase
-from corral.graphs.quantize.calibrate import activation_ranges
 from corral.graphs.write_bundle import made_of, write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.open import open_checkpoint
@@ -54,22 +52,12 @@ def compile(
     return build_engines(out, progress=progress) if engine else waiting
 
 
-def lower(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    *,
-    ranges: Mapping[str, float] | None = None,
-    progress: Progress = silent,
-) -> ModelAndPlan:
-    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read.
-
-    For FP8 the model also reads a text, unless its `ranges` are known (`largest_inputs`).
-    """
+def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
+    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read."""
     statistics = calibration_key(checkpoint, recipe)  # first: a text that does not do is told at once
     progress("capture", 0, 0, "")
     model, plan = export(checkpoint)
-    ranges = activation_ranges(checkpoint, recipe) if ranges is None else ranges
-    work = ModelAndPlan(model, plan, checkpoint.config, recipe, statistics, ranges)
+    work = ModelAndPlan(model, plan, checkpoint.config, recipe, statistics)
     for phase in phases(recipe.lowering):
         run_phase(phase, work)
     return work

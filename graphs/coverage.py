@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from corral.graphs.quantize.kinds import KINDS, kind_of
-from corral.graphs.quantize.methods import METHODS
+from corral.graphs.quantize.methods import CALIBRATED_STEPS
 from corral.spec.manifest import CalibrationRecord, CoverageRecord
 from corral.spec.quant_scheme import in_words
 from corral.spec.weight_plan import Entry, WeightPlan
 
-CALIBRATED = {method.step for method in METHODS.values() if method.calibrated}
+FP8_STEPS = ("e4m3", "input_scale")
 
 
 def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> tuple[CoverageRecord, ...]:
@@ -37,10 +37,10 @@ def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> 
 def stored_as(entry: Entry) -> str:
     """A weight's storage in words: "int4 g128" or its element type."""
     for step in entry.steps:
+        if step.name in FP8_STEPS:
+            return in_words("fp8", 0)
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
-            if step.name == "e4m3":
-                return in_words("fp8", 0)
             method = "" if step.name in ("rtn", "as_published") else f" {step.name.replace('_', '-')}"
             return in_words(f"int{args['bits']}", int(args["group_size"])) + method
     return entry.dtype
@@ -48,5 +48,5 @@ def stored_as(entry: Entry) -> str:
 
 def _expert(entry: Entry, piece: int) -> tuple[str, int] | None:
     """Whose matrix a piece is, in the words of a calibration's fallbacks; None where it was not calibrated."""
-    calibrated = entry.parameters and any(step.name in CALIBRATED for step in entry.steps)
+    calibrated = entry.parameters and any(step.name in CALIBRATED_STEPS for step in entry.steps)
     return (entry.weight.rpartition(".")[0], piece) if calibrated else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -23,8 +23,6 @@ class ModelAndPlan:
     config: ModelConfig
     recipe: Recipe
     statistics: str = ""  # the key of what the recipe's calibration text shows, where its method wants to know
-    # For quantized activations: a matrix's input, by the scope of its node -> the largest magnitude seen while calibrating.
-    activation_ranges: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def graph(self) -> ir.Graph:

@@ -45,12 +45,12 @@ TENSORRT = Phase(
         fix_capacity,
         tensorrt_attention.lower_attention,
         tensorrt_moe.lower_moe,
+        join_matmul,
         lower_fp8_matmul,
         gather_logit_rows,
         clean_up,
         lower_precision,
         clean_up,
-        join_matmul,
         name_nodes,
     ),
 )

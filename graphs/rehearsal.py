@@ -19,7 +19,7 @@ from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.executors import RunJob
 from corral.graphs.execute.job import Job, ReadPiece, ReadStatistics, plan_jobs
 from corral.graphs.execute.shards import shard_name
-from corral.graphs.quantize.methods import METHODS
+from corral.graphs.quantize.methods import needs_text
 from corral.graphs.split_stages import place_weights, split_stages
 from corral.model.checkpoint.open import open_checkpoint
 from corral.spec.errors import InputError
@@ -63,7 +63,7 @@ def rehearse(
 
     Raises InputError for a bad checkpoint or recipe, damaged weights included; EnvironmentProblem where a worker is lost.
     """
-    if ray is not None and any(METHODS[method].calibrated for method in recipe.methods):
+    if ray is not None and needs_text(recipe):
         raise InputError(
             "a rehearsal keeps what is learned of the calibration text in this machine's temporary directory, which "
             "a Ray cluster does not see. Rehearse without --ray, or compile with -o on the file system that all share."

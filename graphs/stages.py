@@ -15,7 +15,6 @@ from corral.graphs.execute.execution import Execution
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import PLAN_FILE, check_out
 from corral.graphs.pipeline import LOWER, QUANTIZE, SIMPLIFY, run_phase
-from corral.graphs.quantize.calibrate import activation_ranges
 from corral.graphs.write_bundle import write_bundle
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.names import EMBEDDING
@@ -66,7 +65,6 @@ def lower_stage(
     how = Execution(jobs=jobs, ray=ray)
     check_out(Path(out), fresh=fresh)
     work, source = _open_stage(Path(bundle), "quantized", recipe, progress)
-    work.activation_ranges = activation_ranges(source, work.recipe)
     run_phase(LOWER[recipe.lowering], work)
     return write_bundle(work, source, Path(out), fresh=fresh, how=how, progress=progress)
 

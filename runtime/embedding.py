@@ -45,9 +45,9 @@ class EmbeddingTable:
 
     def __call__(self, token_ids: Sequence[int] | NDArray[np.int64]) -> Float32:
         ids = np.asarray(token_ids, dtype=np.int64)
-        rows = np.asarray(self._table[ids])
+        rows = self._table[ids]
         if self._scales is not None:
-            return self._dequantized(rows, np.asarray(self._scales[ids]))
+            return self._dequantized(rows, self._scales[ids])
         if self._dtype == "bfloat16":
             return (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(np.float32)
@@ -73,4 +73,5 @@ def _open(bundle: Bundle, record: TensorRecord, rows: int, widths: Collection[in
         raise InputError(
             f"{path} has {path.stat().st_size} bytes, but the embedding table ends at {needed}. Compile it again."
         )
-    return np.memmap(path, dtype=dtype, mode="r", offset=record.offset, shape=record.shape)
+    mapped = np.memmap(path, dtype=dtype, mode="r", offset=record.offset, shape=record.shape)
+    return mapped.view(np.ndarray)  # whose indexing is faster

@@ -28,7 +28,8 @@ def choose_engines(bundle: Bundle, device: Device) -> list[EngineRecord]:
 def _remedy(bundle: Bundle, capability: str) -> str:
     recipe = bundle.manifest.recipe
     try:
-        check_capability(target_named(recipe.target), capability, recipe.weights)
+        for scheme in recipe.schemes:
+            check_capability(target_named(recipe.target), capability, scheme)
     except InputError as error:
         return f"Building one will not help: {error}"
     return f"Run `corral build {bundle.directory} --gpu {capability}`; it adds one beside those."

@@ -79,6 +79,8 @@ class OnnxRuntimeCudaSession:
 class _DeviceGraph(OnnxRuntimeGraph):
     """Its caches are addresses on the device."""
 
+    reads_bound_memory = False  # ONNX Runtime copies inputs to the device when they are bound
+
     def __init__(self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int) -> None:
         super().__init__(bundle, record, provider=provider, threads=threads, mapped=False)
         self._on = provider

@@ -37,6 +37,8 @@ class Tap:
 class OnnxRuntimeGraph:
     """Runs one range of layers. `mapped` leaves the weights in the file as they are: little memory, and slow kernels."""
 
+    reads_bound_memory = True  # at each run, so that arrays may stay bound
+
     def __init__(
         self, bundle: Bundle, record: GraphRecord, *, provider: str, threads: int, mapped: bool, tap: Tap | None = None
     ) -> None:
@@ -54,28 +56,31 @@ class OnnxRuntimeGraph:
         self._io.check(self._where, inputs, outputs)
         self._binding: Any = None
         self._bound: CacheView[Any] | None = None
+        self._shapes: tuple[tuple[int, ...], ...] = ()  # of the arrays that are bound
+        self._inputs: dict[str, np.ndarray[Any, Any]] = {}
+        self._output: Float32 = np.empty(0, np.float32)
 
     def run(self, step: Step, hidden_BSH: Float32) -> Float32:
         """Put `hidden_BSH`, rows of the embedding table or what the stage before gave, through these layers.
 
-        Returns the next stage's [B, S, H], or the last one's logits [B, R, V].
+        Returns the next stage's [B, S, H], or the last one's logits [B, R, V]. What is returned is overwritten by the next
+        run, except logits of more than one row a sequence, which are the caller's.
         """
-        if step.caches is not self._bound:
-            self._bind_caches(step.caches, len(step.positions_BS))
-        # OrtValues point at these arrays, so they must live until the run is over.
         inputs: dict[str, np.ndarray[Any, Any]] = {
             self._io.source: hidden_BSH,
             graph_io.POSITIONS: step.positions_BS,
             **{graph_io.past_length(kv_class): step.past_length_B[kv_class] for kv_class in self._io.kv_classes},
         }
-        output = np.empty(hidden_BSH.shape, np.float32)
         if self._io.last:
             inputs[graph_io.LOGIT_ROWS] = step.logit_rows_BR
-            output = np.empty((*step.logit_rows_BR.shape, self._vocab_size), np.float32)
         try:
+            if step.caches is not self._bound:
+                self._bind_caches(step.caches, len(step.positions_BS))
+            shapes = (hidden_BSH.shape, step.logit_rows_BR.shape)
+            if shapes != self._shapes:
+                self._bind_arrays(inputs, shapes)
             for name, array in inputs.items():
-                self._binding.bind_ortvalue_input(name, self._ort_value(array))
-            self._binding.bind_ortvalue_output(self._io.result, self._ort_value(output))
+                self._inputs[name][...] = array
             if self._tap:
                 for name in self._tap.values:
                     self._binding.bind_output(name)
@@ -85,14 +90,17 @@ class OnnxRuntimeGraph:
                 self.tapped = {name: v.numpy() for name, v in zip(self._tap.values, bound, strict=True)}
         except Exception as error:
             raise self._run_error(error) from None
-        return output
+        if step.logit_rows_BR.shape[1] > 1 or not self.reads_bound_memory:
+            self._shapes = ()
+        return self._output
 
     def release(self) -> None:
         """Let go of the caches of the last step, so that their memory can be freed."""
         self._binding = self._bound = None
+        self._shapes, self._inputs, self._output = (), {}, np.empty(0, np.float32)
 
     def _bind_caches(self, caches: CacheView[Any], batch: int) -> None:
-        self._binding, self._bound = self._session.io_binding(), caches
+        self._binding, self._bound, self._shapes = self._session.io_binding(), caches, ()
         for i in self._io.layers:
             self._bind_cache(i, graph_io.past_key(i), graph_io.present_key(i), caches.keys[i], batch)
             self._bind_cache(i, graph_io.past_value(i), graph_io.present_value(i), caches.values[i], batch)
@@ -102,6 +110,16 @@ class OnnxRuntimeGraph:
         value = self._ort_value(rows)
         self._binding.bind_ortvalue_input(past, value)
         self._binding.bind_ortvalue_output(present, value)
+
+    def _bind_arrays(self, inputs: Mapping[str, np.ndarray[Any, Any]], shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Bind arrays like `inputs`, and one for the result, that stay bound: a decode step then binds nothing."""
+        (batch, tokens, hidden), rows = shapes
+        self._output = np.empty((*rows, self._vocab_size) if self._io.last else (batch, tokens, hidden), np.float32)
+        self._inputs = {name: np.empty_like(array, order="C") for name, array in inputs.items()}
+        for name, array in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, self._ort_value(array))
+        self._binding.bind_ortvalue_output(self._io.result, self._ort_value(self._output))
+        self._shapes = shapes
 
     def _ort_value(self, array: np.ndarray[Any, Any]) -> Any:
         # ONNX Runtime copies what is not contiguous, and then nothing would be written to our memory.

@@ -87,7 +87,10 @@ class Session(Protocol):
         """Caches for sequences of up to `max_context` tokens, empty."""
 
     def run(self, step: Step) -> Float32:
-        """Return logits [B, R, V], the caller's to keep; new keys and values are in `step.caches` afterwards."""
+        """Return logits [B, R, V]; new keys and values are in `step.caches` afterwards.
+
+        Where R is 1, the next run may overwrite what this one returned; otherwise it is the caller's to keep.
+        """
 
     def release(self) -> None:
         """Let go of the caches of the last step, so that their memory can be freed."""

@@ -23,7 +23,6 @@ from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, JOB_ELEMENTS, PROCESS
 
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 USABLE = 0.92  # of a GPU's memory; the rest is the driver's context, the allocator's holes, code
-CALIBRATION_BYTES = 4 + 2  # a parameter
 PREFILL_TOKENS = 2048  # activations are those of so many tokens at once
 
 
@@ -99,9 +98,7 @@ class Estimate:
             "kv_by_class": self.kv,
             "activation_bytes": self.activations,
             "vram_bytes": self.vram_bytes,
-            "compile_peak_bytes": max(
-                compile_peak_bytes(usable_cores()), calibration_bytes(self.config, self.serving.weights)
-            ),
+            "compile_peak_bytes": compile_peak_bytes(usable_cores()),
             "gpu": self.gpu.name,
             "fits": self.fits,
             "gpus_needed": self.gpus,
@@ -148,14 +145,6 @@ def compile_peak_bytes(processes: int) -> int:
     It does not depend on the model: every matrix, an expert's too, is cut to jobs of JOB_ELEMENTS.
     """
     return PROCESS_BYTES + processes * (PROCESS_BYTES + JOB_ELEMENTS * JOB_BYTES_PER_ELEMENT)
-
-
-def calibration_bytes(config: ModelConfig, weights: str) -> int:
-    """Memory that a compile takes before, where the scheme rounds activations, too: the whole model runs in float32.
-
-    Parameters are there in 16 bits while they are widened. 0 for all other schemes.
-    """
-    return CALIBRATION_BYTES * parameters(config).total() if weights == "fp8" else 0
 
 
 def _stored(counts: Counter[str], serving: Serving) -> dict[str, int]:

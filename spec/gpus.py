@@ -26,6 +26,11 @@ class Gpu:
     capability: str
     count: int = 0  # of a host, which cannot have more; 0: any number
 
+    @property
+    def l2_bytes(self) -> int:
+        """Of one device's level-2 cache."""
+        return L2_MIB[self.name] * MIB
+
 
 GPUS = {
     gpu.name: gpu
@@ -53,12 +58,23 @@ GPUS = {
     )
 }
 
+# From NVIDIA's architecture white papers of the same chips; of B200 as others measured it.
+L2_MIB = {
+    "h100": 50, "h200": 50, "b200": 126, "a100": 40, "a100-40": 40, "a10": 6, "t4": 4, "l40s": 96, "l4": 48,
+    "rtx3090": 6, "rtx4090": 72, "rtx5090": 96, "dgx-h100": 50,
+}  # fmt: skip
+
 
 def gpu_named(name: str) -> Gpu:
     """Look a GPU up. Raises InputError naming those there are."""
     if name.lower() not in GPUS:
         raise InputError(f'GPU "{name[:80]}" is not known; expected one of {", ".join(GPUS)}.')
     return GPUS[name.lower()]
+
+
+def gpus_meant(gpu: str) -> list[Gpu]:
+    """The GPUs that a name or a compute capability may mean; none where the capability is not in the table."""
+    return [known for known in GPUS.values() if gpu.lower() in (known.name, known.capability)]
 
 
 def capability_of(gpu: str) -> str:

@@ -31,6 +31,11 @@ class QuantScheme:
         """Whether codes are small floating-point numbers with one scale an output, multiplied with their like."""
         return self.dtype.startswith("float8")
 
+    @property
+    def takes_methods(self) -> bool:
+        """Whether there is more than one way to choose codes: they are whole numbers, with a scale a group."""
+        return self.is_quantized and not self.is_float
+
     def bits_per_weight(self, group_size: int) -> float:
         """Stored bits per weight, float32 scales of groups included."""
         if self.bits is None:

@@ -20,7 +20,7 @@ from corral.spec.target import check_capability, target_named
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
 LEAST_CALIBRATION_TOKENS = 512
-ENGINE_KEYS = ("gpu", "max_context", "max_batch", "weight_streaming")
+ENGINE_KEYS = ("gpu", "max_context", "max_batch", "weight_streaming", "expert_tiles")
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
 
@@ -33,7 +33,7 @@ class Recipe:
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
-    calibration: str = "python-library"  # for calibrated methods: a UTF-8 text file, or a text that corral ships
+    calibration: str = "python-library"  # of calibrated methods and fp8: a UTF-8 file, or a text that corral ships
     calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
@@ -41,6 +41,7 @@ class Recipe:
     gpu: str = ""  # of engines: GPUs or compute capabilities, by comma
     max_context: int = DEFAULT_MAX_CONTEXT  # of engines: rows of a global layer's cache
     max_batch: int = DEFAULT_MAX_BATCH  # of engines: sequences that decode together
+    expert_tiles: int = 0  # of engines: tiles of the experts' columns; 0: as the GPU's cache wants, or 1 without a GPU
     weight_streaming: bool = False  # of engines: part of the weights may stay in the host's memory
     rules: tuple[Rule, ...] = ()  # matrices that are stored otherwise; a later rule beats an earlier one
 
@@ -52,8 +53,11 @@ class Recipe:
             )
         if self.method not in METHODS:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
-        if self.method != "rtn" and not scheme.is_quantized:
-            raise InputError(f"method {self.method} quantizes weights, and {scheme.name} keeps them in floating point.")
+        if self.method != "rtn" and not scheme.takes_methods:
+            raise InputError(
+                f"method {self.method} chooses codes for groups of weights, and {scheme.name} has no groups. Leave the "
+                "method out, or name it in a rule for the matrices that it is for."
+            )
         if self.calibration_tokens < LEAST_CALIBRATION_TOKENS:
             raise InputError(
                 f"calibration_tokens is {self.calibration_tokens}, expected at least {LEAST_CALIBRATION_TOKENS}."
@@ -75,15 +79,13 @@ class Recipe:
         for key in ("max_context", "max_batch"):
             if not 1 <= getattr(self, key) < 1 << 31:
                 raise InputError(f"{key} is {getattr(self, key)}, expected a whole number of at least 1.")
+        if self.expert_tiles < 0:
+            raise InputError(f"expert_tiles is {self.expert_tiles}, expected a number of tiles, or 0 to choose one.")
         for capability in self.capabilities:
             check_capability(target, capability, scheme.name)
         self._check_rules()
 
     def _check_rules(self) -> None:
-        if self.rules and target_named(self.target).engine:
-            raise InputError(
-                f"target {self.target} takes no rules: its engines store all matrices alike. Leave rules out."
-            )
         for rule in self.rules:
             try:
                 ruled = self._ruled(rule)
@@ -107,10 +109,15 @@ class Recipe:
 
     def _ruled(self, rule: Rule) -> Recipe:
         changes = rule.changes()
-        if "weights" in changes and not scheme_named(changes["weights"]).is_quantized:
-            changes["method"] = "rtn"  # which is no method: nothing is rounded
+        if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
+            changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
         # Which kernels there are for a matrix of another scheme is the lowering's concern.
         return dataclasses.replace(self, rules=(), **{"kernels": "stock", **changes})
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The names of every scheme that some matrix may be stored in."""
+        return tuple(dict.fromkeys((self.weights, *(rule.weights for rule in self.rules if rule.weights))))
 
     @property
     def methods(self) -> frozenset[str]:
@@ -122,6 +129,11 @@ class Recipe:
         """The compute capabilities that `gpu` names, each once, lowest first."""
         named = {capability_of(gpu.strip()) for gpu in self.gpu.split(",") if gpu.strip()}
         return tuple(sorted(named, key=float))
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether what matrices are multiplied with is quantized, too, by scales that a calibration text shows."""
+        return any(scheme_named(name).is_float for name in self.schemes)
 
     @property
     def lowering(self) -> str:
@@ -170,7 +182,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
 
 
 def rules_toml(rules: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str:
-    """Rules as a TOML array, one a line, each with its remark."""
+    """Rules as a TOML array, one a line, each with its remark where there are any."""
     lines = []
     for i, rule in enumerate(rules):
         remark = remarks[i] if i < len(remarks) else ""

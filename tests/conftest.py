@@ -146,7 +146,8 @@ def tiny_bundle(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPa
         key = (form, target, weights, kernels)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("-".join(key))
-            recipe = Recipe(target=target, weights=weights, group_size=32, kernels=kernels)
+            how = {"group_size": 32, "kernels": kernels, "calibration_tokens": 1024}
+            recipe = Recipe.from_json({"target": target, "weights": weights, **how})
             compile(tiny_checkpoint(form), made[key], recipe)
         return made[key]
 

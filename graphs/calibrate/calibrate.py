@@ -9,14 +9,16 @@ from pathlib import Path
 from corral.graphs.calibrate.calibration_text import CalibrationText, read_calibration_text
 from corral.graphs.calibrate.gather import gather
 from corral.graphs.calibrate.input_scales import search_input_scales
+from corral.graphs.calibrate.input_sums import Products
 from corral.graphs.calibrate.statistics import Statistics, statistics_of
 from corral.graphs.model_and_plan import ModelAndPlan
-from corral.graphs.quantize.methods import METHODS, MIN_TOKENS
+from corral.graphs.quantize.methods import CALIBRATED_STEPS, METHODS, MIN_TOKENS, needs_text
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.manifest import CalibrationRecord, FallbackRecord
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
+from corral.spec.quant_scheme import GROUP_SIZES
 from corral.spec.recipe import Recipe
 
 
@@ -29,8 +31,8 @@ class Calibration:
 
 
 def calibration_key(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """The name that a plan gives to its statistics; "" where the recipe's method needs none."""
-    if not any(METHODS[method].calibrated for method in recipe.methods):
+    """The name that a plan gives to its statistics; "" where nothing of the recipe needs any."""
+    if not needs_text(recipe):
         return ""
     return read_calibration_text(checkpoint, recipe).key(checkpoint, _settings(recipe))
 
@@ -38,9 +40,15 @@ def calibration_key(checkpoint: Checkpoint, recipe: Recipe) -> str:
 def _settings(recipe: Recipe) -> str:
     """What is gathered follows from these; AWQ's scales are searched for one scheme."""
     if not METHODS[recipe.method].rescales:
-        return ""
+        return _products(recipe)
     rules = "".join(f" {rule}" for rule in recipe.rules)
     return f"{recipe.method} {recipe.weights} {recipe.group_size}{rules}"
+
+
+def _products(recipe: Recipe) -> Products:
+    """The most that a method of the recipe wants of X^T X."""
+    wanted = {METHODS[method].products for method in recipe.methods}
+    return next(products for products in ("whole", "blocks", "none") if products in wanted)
 
 
 def calibrate(
@@ -60,37 +68,41 @@ def calibrate(
             "quantize` again, or `corral compile`."
         )
     statistics = statistics_of(checkpoint, directory, keys.pop())
-    rescales = METHODS[work.recipe.method].rescales
-    if not rescales:
-        _check_disk_space(directory, work.config, text)
-    gather(checkpoint, text.ids, statistics, hessian=not rescales, progress=progress)
-    if rescales:
+    products = _products(work.recipe)
+    _check_disk_space(directory, work.config, text, products)
+    gather(checkpoint, text.ids, statistics, products=products, progress=progress)
+    if METHODS[work.recipe.method].rescales:
         search_input_scales(checkpoint, statistics, work.recipe, progress)
     return Calibration(statistics, _record(work, text, statistics))
 
 
-def statistics_bytes(config: ModelConfig, tokens: int) -> int:
-    """Disk space for GPTQ's calibration: X^T X of every matrix's inputs, hidden states of three points of a layer."""
-    squares = 0
+def statistics_bytes(config: ModelConfig, tokens: int, products: Products) -> int:
+    """Disk space for a calibration: what is kept of every matrix's X^T X, hidden states of three points of a layer."""
+
+    def kept(inputs: int) -> int:
+        return inputs * {"whole": inputs, "blocks": max(GROUP_SIZES), "none": 0}[products]
+
+    numbers = kept(config.hidden_size) + 3 * tokens * config.hidden_size
     for layer in config.layers:
-        attention = config.hidden_size**2 + config.query_size**2
+        attention = kept(config.hidden_size) + kept(config.query_size)
         dense = config.intermediate_size if layer.moe else config.intermediate_size_mlp
         forward = (config.num_local_experts if layer.moe else 0) + 1
-        squares += attention + forward * (config.hidden_size**2 + dense**2)
-    return 4 * (squares + config.hidden_size**2 + 3 * tokens * config.hidden_size)
+        numbers += attention + forward * (kept(config.hidden_size) + kept(dense))
+    return 4 * numbers
 
 
 def _needs(args: tuple[tuple[str, int | float | str], ...]) -> bool:
     return "statistics" in dict(args)
 
 
-def _check_disk_space(directory: Path, config: ModelConfig, text: CalibrationText) -> None:
+def _check_disk_space(directory: Path, config: ModelConfig, text: CalibrationText, products: Products) -> None:
     had = sum(path.stat().st_size for path in directory.glob("*-*") if path.name.startswith(("statistics", "hidden")))
-    needed, free = statistics_bytes(config, text.ids.size) - had, shutil.disk_usage(directory).free
+    needed, free = statistics_bytes(config, text.ids.size, products) - had, shutil.disk_usage(directory).free
     if needed > free:
         raise EnvironmentProblem(
             f"{directory} needs {needed / 1e9:.1f} GB more for the statistics of the calibration (they are removed at the "
-            f"end), but its disk has {free / 1e9:.1f} GB free. Make room, or use --method rtn-mse, which needs none."
+            f"end), but its disk has {free / 1e9:.1f} GB free. Make room, give fewer --calibration-tokens, or use --weights "
+            "int4 with --method rtn-mse, which needs none."
         )
 
 
@@ -104,7 +116,9 @@ def _record(work: ModelAndPlan, text: CalibrationText, statistics: Statistics) -
         for i, layer in enumerate(config.layers)
         if layer.moe
     }
-    calibrated = {entry.weight.rpartition(".")[0] for entry in work.plan for step in entry.steps if _needs(step.args)}
+    calibrated = {
+        entry.weight.rpartition(".")[0] for entry in work.plan for step in entry.steps if step.name in CALIBRATED_STEPS
+    }
     return CalibrationRecord(
         text=text.name,
         sha256=text.sha256,

@@ -19,7 +19,7 @@ WINDOW = 512  # tokens; each starts without context, as in `corral validate`
 SHIPPED = {"python-library": Path(__file__).with_name("python-library.txt")}
 # No tokenizer averages as many characters a token: of a long text, no more is encoded than is used.
 MOST_CHARACTERS = 64
-FORMAT = "1"  # of what is gathered; part of its name
+FORMAT = "2"  # of what is gathered; part of its name
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,6 @@ def _encode(checkpoint: Checkpoint, text: str) -> list[int]:
     if tokenizer is None:
         raise InputError(
             f"{checkpoint.directory} has no tokenizer.json, which a calibration text needs. Copy the model's there, or use "
-            "--method rtn or hqq, which need no text."
+            "--weights int4 with --method rtn or hqq, which need no text."
         )
     return Tokenizer.from_buffer(tokenizer).encode(text, add_special_tokens=False).ids

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corral.exporter.bind_weights import parameter_entry
-from corral.graphs.calibrate.input_sums import InputSums
+from corral.graphs.calibrate.input_sums import InputSums, Products
 from corral.graphs.calibrate.run_layer import BLOCK_TOKENS, run_layer
 from corral.graphs.calibrate.statistics import Statistics, input_site
 from corral.graphs.execute.shards import PARTIAL
@@ -36,12 +36,12 @@ def gather(
     ids: NDArray[np.int64],
     statistics: Statistics,
     *,
-    hessian: bool,
+    products: Products,
     progress: Progress = silent,
 ) -> None:
     """Leave the sums of every matrix's inputs over token ids [windows, window] in `statistics`; goes on where it stopped.
 
-    `hessian`: whole X^T X (4 bytes times the square of a matrix's inputs on disk, for each expert), or its diagonal.
+    `products`: what is kept of X^T X; all of it takes 4 bytes times the square of a matrix's inputs on disk, for each expert.
     """
     if statistics.path(input_site(HEAD)).exists():
         return
@@ -75,21 +75,21 @@ def gather(
         with _new_hidden(statistics.hidden_path(i + 1), shape) as after:
             run_layer(layer, f"layers.{i}", model.rotary, before, between, after,
                       read_expert=lambda name, expert: _read_expert(checkpoint, name, expert),
-                      save=save, hessian=hessian, progress=report)  # fmt: skip
+                      save=save, products=products, progress=report)  # fmt: skip
         del before, between
         between_path.unlink()
         path.unlink()
         layer.to("meta")
-    _gather_head(checkpoint, model, statistics, shape, hessian)
+    _gather_head(checkpoint, model, statistics, shape, products)
     statistics.hidden_path(config.num_layers).unlink()
 
 
 def _gather_head(
-    checkpoint: Checkpoint, model: Llama4Text, statistics: Statistics, shape: tuple[int, ...], hessian: bool
+    checkpoint: Checkpoint, model: Llama4Text, statistics: Statistics, shape: tuple[int, ...], products: Products
 ) -> None:
     model.norm.load_state_dict(_weights(checkpoint, "norm."), assign=True)
     hidden = np.memmap(statistics.hidden_path(len(model.layers)), np.float32, "r", shape=shape)
-    seen = InputSums(shape[-1], hessian=hessian)
+    seen = InputSums(shape[-1], products)
     rows = hidden.reshape(-1, shape[-1])
     for start in range(0, len(rows), BLOCK_TOKENS):
         seen.add(model.norm(torch.from_numpy(rows[start : start + BLOCK_TOKENS].copy())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,33 +11,46 @@ from torch import Tensor
 
 from corral.spec.quant_scheme import GROUP_SIZES
 
+# What is kept of X^T X: all of it, blocks on its diagonal, or nothing.
+Products = Literal["whole", "blocks", "none"]
+
 
 class InputSums:
-    """How many tokens came, sum of |x| and, with `hessian`, X^T X; else the blocks on its diagonal. All in float32."""
+    """How many tokens came, sum and maximum of |x|, and what is kept of X^T X. All in float32."""
 
-    def __init__(self, size: int, *, hessian: bool) -> None:
+    def __init__(self, size: int, products: Products) -> None:
         self.tokens = 0
         self.magnitude = torch.zeros(size)
-        self.products = torch.zeros(size, size) if hessian else torch.zeros(_blocks(size))
+        self.largest = torch.zeros(size)
+        self.products = {
+            "whole": lambda: {"hessian": torch.zeros(size, size)},
+            "blocks": lambda: {"blocks": torch.zeros(_blocks(size))},
+            "none": lambda: {},
+        }[products]()
 
     def add(self, x: Tensor) -> None:
         """Count inputs [..., size]."""
         rows = x.detach().flatten(0, -2).float()
+        if not len(rows):
+            return
         self.tokens += len(rows)
-        self.magnitude += rows.abs().sum(0)
-        if self.products.dim() == 2:
-            self.products.addmm_(rows.T, rows)
-        else:
-            parts = rows.unflatten(1, self.products.shape[:2]).transpose(0, 1)  # [blocks, tokens, block size]
-            self.products.baddbmm_(parts.transpose(1, 2), parts)
+        absolute = rows.abs()
+        self.magnitude += absolute.sum(0)
+        self.largest = torch.maximum(self.largest, absolute.amax(0))
+        if "hessian" in self.products:
+            self.products["hessian"].addmm_(rows.T, rows)
+        if "blocks" in self.products:
+            blocks = self.products["blocks"]
+            parts = rows.unflatten(1, blocks.shape[:2]).transpose(0, 1)  # [blocks, tokens, block size]
+            blocks.baddbmm_(parts.transpose(1, 2), parts)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """As stored: "tokens" int64 [1], "magnitude" float32 [n], and "hessian" [n, n] or "blocks" [n / b, b, b]."""
-        name = "hessian" if self.products.dim() == 2 else "blocks"
+        """As stored: "tokens" int64 [1], "magnitude" and "largest" float32 [n], "hessian" [n, n] or "blocks" [n / b, b, b]."""
         return {
             "tokens": np.array([self.tokens]),
             "magnitude": self.magnitude.numpy(),
-            name: self.products.numpy(),
+            "largest": self.largest.numpy(),
+            **{name: product.numpy() for name, product in self.products.items()},
         }
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from corral.graphs.calibrate.input_sums import InputSums
+from corral.graphs.calibrate.input_sums import InputSums, Products
 from corral.graphs.calibrate.statistics import input_site
 from corral.model.text import DecoderLayer, MoE, Rotary, route
 
@@ -39,7 +39,7 @@ def run_layer(
     *,
     read_expert: Read,
     save: Save,
-    hessian: bool,
+    products: Products,
     progress: Callable[[float], None],
 ) -> None:
     """Fill `after` with the hidden states behind the layer called `name`, and `save` the sums of each of its sites.
@@ -48,7 +48,7 @@ def run_layer(
     """
     windows, window, _ = before.shape
     blocks = list(_blocks(windows, max(1, BLOCK_TOKENS // window)))
-    with _summing(layer.self_attn, f"{name}.self_attn", hessian, save):
+    with _summing(layer.self_attn, f"{name}.self_attn", products, save):
         for i, block in enumerate(blocks):
             x = torch.from_numpy(before[block].copy())
             positions = torch.arange(window).expand(x.shape[:2])
@@ -59,7 +59,7 @@ def run_layer(
     dense = forward.shared_expert if isinstance(forward, MoE) else forward
     path = f"{name}.feed_forward" + (".shared_expert" if isinstance(forward, MoE) else "")
     logits = []
-    with _summing(dense, path, hessian, save):
+    with _summing(dense, path, products, save):
         for i, block in enumerate(blocks):
             x = torch.from_numpy(between[block])
             normed = layer.post_attention_layernorm(x)
@@ -69,7 +69,7 @@ def run_layer(
             progress((1 + (i + 1) / len(blocks)) / 3)
     if isinstance(forward, MoE):
         _run_experts(layer, forward, f"{name}.feed_forward.experts", torch.cat(logits), between, after,
-                     read_expert=read_expert, save=save, hessian=hessian, progress=progress)  # fmt: skip
+                     read_expert=read_expert, save=save, products=products, progress=progress)  # fmt: skip
 
 
 def _run_experts(
@@ -82,38 +82,45 @@ def _run_experts(
     *,
     read_expert: Read,
     save: Save,
-    hessian: bool,
+    products: Products,
     progress: Callable[[float], None],
 ) -> None:
     size = between.shape[-1]
     between_TH, after_TH = between.reshape(-1, size), after.reshape(-1, size)
     token, gate, visits = route(logits_TE, moe.experts.num_experts_per_tok)
     mine = zip(token.split(visits), gate.split(visits), strict=True)
+    parts = f"{name}.gate_up_proj", f"{name}.down_proj"
+    sizes = size, moe.experts.down_proj.shape[1]
+    together = [InputSums(inputs, "none") for inputs in sizes]
     for expert, (tokens, gates) in enumerate(mine):
-        gate_up, down = (read_expert(f"{name}.{part}", expert) for part in ("gate_up_proj", "down_proj"))
-        seen = InputSums(gate_up.shape[1], hessian=hessian), InputSums(down.shape[1], hessian=hessian)
-        for part in _blocks(len(tokens), BLOCK_TOKENS):
-            rows = tokens[part].numpy()
-            x = layer.post_attention_layernorm(torch.from_numpy(between_TH[rows])) * gates[part, None]
+        gate_up, down = (read_expert(part, expert) for part in parts)
+        seen = [InputSums(inputs, products) for inputs in sizes]
+        for block in _blocks(len(tokens), BLOCK_TOKENS):
+            rows = tokens[block].numpy()
+            x = layer.post_attention_layernorm(torch.from_numpy(between_TH[rows])) * gates[block, None]
             seen[0].add(x)
+            together[0].add(x)
             gate_half, up_half = F.linear(x, gate_up).chunk(2, dim=-1)
             middle = F.silu(gate_half) * up_half
             seen[1].add(middle)
+            together[1].add(middle)
             after_TH[rows] += F.linear(middle, down).numpy()  # a token visits an expert at most once
-        save(f"{name}.gate_up_proj", expert, seen[0])
-        save(f"{name}.down_proj", expert, seen[1])
+        for part, sums in zip(parts, seen, strict=True):
+            save(part, expert, sums)
         progress((2 + (expert + 1) / len(visits)) / 3)
+    for part, sums in zip(parts, together, strict=True):
+        save(part, None, sums)
 
 
 @contextmanager
-def _summing(module: nn.Module, name: str, hessian: bool, save: Save) -> Iterator[None]:
+def _summing(module: nn.Module, name: str, products: Products, save: Save) -> Iterator[None]:
     """Sum the inputs of a module's matrices while the block runs, each different input once; save them at its end."""
     sums: dict[str, InputSums] = {}
     hooks = []
     for part, child in module.named_modules():
         site = f"{name}.{part}"
         if isinstance(child, nn.Linear) and input_site(site) == site:
-            sums[site] = InputSums(child.in_features, hessian=hessian)
+            sums[site] = InputSums(child.in_features, products)
             hooks.append(child.register_forward_pre_hook(_adding_to(sums[site])))
     try:
         yield

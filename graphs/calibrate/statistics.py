@@ -31,15 +31,21 @@ class Statistics:
     names: Mapping[str, str]
 
     def of(self, source: Source) -> dict[str, NDArray[Any]]:
-        """All that is known of a matrix (or a norm's vector): sums over its inputs, and AWQ's scales cut to its rows."""
+        """All that is known of a matrix (or a norm's vector): sums over its inputs, and AWQ's scales cut to its rows.
+
+        "layer_largest" is "largest" of all experts of the layer together, or of a dense matrix.
+        """
         name = self.names[source.tensor]
-        found: dict[str, NDArray[Any]] = {}
-        if self.path(input_site(name), source.index).exists():
-            found |= self.inputs(input_site(name), source.index)
+        site, found = input_site(name), dict[str, NDArray[Any]]()
+        if self.path(site).exists():
+            found = self.inputs(site)
+            found["layer_largest"] = found["largest"]
+        if source.index is not None and self.path(site, source.index).exists():
+            found |= self.inputs(site, source.index)
         return found | self._scales(name, source)
 
     def inputs(self, site: str, expert: int | None = None) -> dict[str, NDArray[Any]]:
-        """The sums over the inputs of a site: see `InputSums.arrays`."""
+        """The sums over the inputs of a site, see `InputSums.arrays`; without `expert` those of all of a layer's together."""
         from safetensors.numpy import load_file
 
         return load_file(self.path(site, expert))
@@ -68,7 +74,7 @@ class Statistics:
             return int(file.get_tensor("tokens").item())
 
     def path(self, site: str, expert: int | None = None) -> Path:
-        """Where the inputs' sums of a site lie (of one of its experts)."""
+        """Where the inputs' sums of a site lie, or those of one of its experts."""
         of = "" if expert is None else f".{expert}"
         return self.directory / f"statistics-{self.key}-{site}{of}.safetensors"
 

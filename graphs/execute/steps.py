@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.quantize.awq import awq, rescale
-from corral.graphs.quantize.e4m3 import e4m3, gains
+from corral.graphs.quantize.e4m3 import e4m3, gains, input_scale
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
@@ -69,6 +69,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "rescale": rescale,
     "e4m3": e4m3,
     "gains": gains,
+    "input_scale": input_scale,
     "as_published": as_published,
     "pack_rows": pack_rows,
     "pack_signed_rows": pack_signed_rows,

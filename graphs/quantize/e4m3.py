@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,7 @@ LARGEST = 448.0  # of float8_e4m3fn (OCP 8-bit floating point, table 2)
 # The part of every scale that a matrix kernel may apply to its sums, see `gains`: about what a weight's scale usually is.
 BASE = 2.0**-12
 SMALLEST_SCALE = 2.0**-26  # its gain is the smallest normal number of float16; smaller weights keep absolute precision
+SMALLEST_INPUT_SCALE = 2.0**-14  # the smallest normal number of float16
 
 
 def e4m3(weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -36,3 +38,16 @@ def e4m3(weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
 def gains(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """scale = BASE * gain: what is left for after the product, so that float16 sums of codes do not overflow before."""
     return scales / np.float32(BASE)
+
+
+def input_scale(_: NDArray[np.float32], *, statistics: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """The scale of a matrix's inputs, one number: the largest magnitude seen becomes the largest code. A float16 number.
+
+    `statistics`: "layer_largest" float32 [inputs], the largest |x| of each. Larger ones than any seen become that code, too.
+    """
+    largest = np.max(statistics["layer_largest"])
+    return (
+        np.maximum(largest / np.float32(LARGEST), np.float32(SMALLEST_INPUT_SCALE))
+        .astype(np.float16)
+        .astype(np.float32)
+    )

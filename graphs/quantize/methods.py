@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from corral.spec.quant_scheme import in_words
 from corral.spec.recipe import Recipe
@@ -14,12 +15,16 @@ MIN_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """`by_group`: each group of inputs is quantized by itself, so a matrix may be cut along its inputs, too."""
+    """`by_group`: each group of inputs is quantized by itself, so a matrix may be cut along its inputs, too.
+
+    `products`: what a calibration keeps of its inputs' X^T X for it.
+    """
 
     step: str
     calibrated: bool = False
     by_group: bool = True
     rescales: bool = False  # inputs are scaled, and what makes them with them
+    products: Literal["whole", "blocks", "none"] = "none"
 
     def arguments(self, bits: int, group_size: int, statistics: str) -> dict[str, int | float | str]:
         """The step's literal arguments."""
@@ -32,11 +37,17 @@ METHODS = {
     "rtn": Method(step="rtn"),
     "rtn-mse": Method(step="rtn_mse"),
     "hqq": Method(step="hqq"),
-    "awq": Method(step="awq", calibrated=True, by_group=False, rescales=True),
-    "gptq": Method(step="gptq", calibrated=True, by_group=False),
+    "awq": Method(step="awq", calibrated=True, by_group=False, rescales=True, products="blocks"),
+    "gptq": Method(step="gptq", calibrated=True, by_group=False, products="whole"),
 }
+CALIBRATED_STEPS = {method.step for method in METHODS.values() if method.calibrated}
 
 
 def method_for(published: str, recipe: Recipe) -> Method:
     """The method of a matrix with this recipe (`Recipe.of`). One `published` in just the scheme asked for keeps its codes."""
     return AS_PUBLISHED if published == in_words(recipe.weights, recipe.group_size) else METHODS[recipe.method]
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether a calibration text decides on something: on codes, or on the scales of activations."""
+    return recipe.rounds_activations or any(METHODS[method].calibrated for method in recipe.methods)

@@ -1,6 +1,6 @@
 """The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
 
-FP8 has one scale an output and becomes Mul(Transpose(DequantizeLinear(codes, constant)), gains).
+FP8 has one scale an output: `fp8_weight.py`.
 
 Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
 """
@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.e4m3 import BASE
 from corral.graphs.quantize.embedding_table import quantize_embedding
+from corral.graphs.quantize.fp8_weight import write_fp8
 from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
 from corral.model.checkpoint.names import EMBEDDING
@@ -30,7 +29,7 @@ KEEPING = {
     in_words(scheme, group): f"--weights {scheme} --group-size {group}"
     for scheme in SCHEMES
     for group in GROUP_SIZES
-    if SCHEMES[scheme].is_quantized and not SCHEMES[scheme].is_float
+    if SCHEMES[scheme].takes_methods
 }
 
 
@@ -56,7 +55,7 @@ def quantize_weights(work: ModelAndPlan) -> bool:
             changed |= quantize_embedding(work, entry)
         elif kind_of(entry.weight).quantized and scheme.bits is not None:
             if scheme.is_float:
-                _quantize_fp8(work, entry, scheme.dtype)
+                _quantize_fp8(work, entry, recipe, scheme.dtype)
             else:
                 _quantize(work, entry, recipe, scheme.bits, scheme.dtype)
             changed = True
@@ -103,12 +102,12 @@ def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype
     _replace(work, weight, ir.node("DequantizeLinear", values, attributes, metadata_props={SCOPE: entry.name}))
 
 
-def _quantize_fp8(work: ModelAndPlan, entry: Entry, dtype: str) -> None:
+def _quantize_fp8(work: ModelAndPlan, entry: Entry, recipe: Recipe, dtype: str) -> None:
     """Codes are stored [..., outputs, inputs], as they are read: so a part of the outputs is a job, with their scales."""
     if entry.steps[-1].name != "columns":
         raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
-    if entry.published and not work.recipe.requantize:
-        raise _published_otherwise(entry, work.recipe)
+    if entry.published and not recipe.requantize:
+        raise _published_otherwise(entry, recipe)
     *experts, inputs, outputs = entry.shape
     codes = dataclasses.replace(
         entry.with_layout(step("e4m3", output="codes"), step("rows", dtype=dtype)),
@@ -120,17 +119,13 @@ def _quantize_fp8(work: ModelAndPlan, entry: Entry, dtype: str) -> None:
     gains = dataclasses.replace(
         entry.with_layout(step("e4m3", output="scales"), step("gains"), step("rows", dtype="float32")),
         name=f"{entry.name}.gains",
-        shape=(*experts, 1, outputs),
+        shape=(*experts, 1, outputs) if experts else (outputs,),
         parameters=0,
         cut="rows",
     )
     weight = work.graph.initializers[entry.name]
-    stored, gain = work.replace_weight(entry, codes, gains)
-    base = work.constant(ir.tensor(np.array(BASE, np.float32), name="fp8_base"))
     build = tape.Tape()
-    swapped = [*range(len(experts)), len(experts) + 1, len(experts)]
-    transposed = build.op("Transpose", [build.op("DequantizeLinear", [stored, base])], {"perm": swapped})
-    build.op("Mul", [transposed, gain])
+    write_fp8(build, work, *work.replace_weight(entry, codes, gains))
     for node in build.nodes:
         node.metadata_props[SCOPE] = entry.name
     _replace(work, weight, *build.nodes)

@@ -151,6 +151,19 @@ def test_the_data_are_in_the_page_as_they_were(page: Path) -> None:
     assert json.loads(Page(page.read_text()).data) == {"d.engine": SIDECAR}
 
 
+def test_weights_that_are_left_dequantized_are_listed_with_what_they_take(corral: Corral, engine_bundle: Path) -> None:
+    """Equal kernels of several layers are one row; bytes of a block, and of the largest step."""
+    written = {"shape": ["__mye1", 64, 32], "type": "half", "most_bytes": 9 * 4096, "known_bytes": 4096}
+    kernels = [{"kernel": "__myl_Gath", "layers": [EXPERTS.replace("1", str(i))], "writes": [written]} for i in (1, 3)]
+    decode, prefill = SIDECAR["profiles"]
+    put_sidecar(engine_bundle, SIDECAR | {"profiles": [decode | {"unfused_weights": kernels}, prefill]})
+    said = corral("inspect", engine_bundle, "--engine").stdout
+    (row,) = [
+        line.split() for line in said.splitlines() if "experts.down_proj.DequantizeLinear" in line and "4.1" in line
+    ]
+    assert row == ["2", "feed_forward.experts.down_proj.DequantizeLinear", "4.1", "kB", "36.9", "kB"]
+
+
 def test_a_hostile_name_stays_a_name(page: Path) -> None:
     found = Page(page.read_text())
     assert HOSTILE in found.text

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from corral.spec.expert_tiles import chosen_tiles
+from corral.spec.presets import PRESETS
+
 Corral = Callable[..., Any]
 
 
@@ -56,3 +59,17 @@ def test_the_exact_plan_of_fp8_reads_no_weight_either(corral: Corral) -> None:
 )
 def test_mistakes(corral: Corral, arguments: list[str], says: str) -> None:
     assert says in corral("plan", *arguments, code=2).stderr
+
+
+def test_tiles_of_experts_for_a_gpu(corral: Corral) -> None:
+    """Only where engines are planned for; the same as a compile takes."""
+    arguments = ("plan", "scout", "--gpu", "rtx4090", "--target")
+    shown = corral(*arguments, "tensorrt-rtx").stdout
+    assert "8 (chosen)" in shown and "computed, not measured" in shown
+    data = json.loads(corral(*arguments, "tensorrt-rtx", "--json").stdout)["expert_tiles"]
+    assert data["chosen"] == chosen_tiles(PRESETS["scout"].model, weights="int4", group_size=128, gpu="rtx4090") == 8
+    assert {(row["tiles"], row["tokens"]) for row in data["figures"]} == {
+        (1 << i, tokens) for i in range(7) for tokens in (1, 512)
+    }
+    assert "tiles" not in corral(*arguments, "cpu").stdout
+    assert "tiles" not in corral("plan", "guard", "--target", "tensorrt-rtx").stdout

@@ -94,7 +94,7 @@ def test_token_by_token_decode_equals_prefill(
                 past_length_B=cache.past_lengths([position]),
                 caches=cache.slot(0),
             )
-        )[0, 0]
+        )[0, 0].copy()  # the next step overwrites it
         for position, token in enumerate(ids)
     ]
     assert_close(np.stack(steps), LLM(bundle).score(ids))

@@ -38,16 +38,23 @@ def watched() -> type[Watched]:
 
 @pytest.fixture(scope="session")
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`lowered("int4")` -> the demo model lowered for TensorRT, without engines; made once. Do not write into it."""
+    """`lowered("int4")` -> the demo model lowered for TensorRT, without engines; made once. Do not write into it.
+
+    "fp8 int4": experts in int4, all else in FP8.
+    """
     made: dict[str, Path] = {}
 
     def make(weights: str) -> Path:
         from corral.graphs import compile
         from corral.spec.recipe import Recipe
+        from corral.spec.rule import Rule
 
         if weights not in made:
-            made[weights] = tmp_path_factory.mktemp(weights) / "demo"
-            compile(DEMO, made[weights], Recipe(target="tensorrt-rtx", weights=weights, group_size=64))
+            made[weights] = tmp_path_factory.mktemp(weights.replace(" ", "-")) / "demo"
+            all_else, _, experts = weights.partition(" ")
+            rules = (Rule(matrices="*.experts.*", weights=experts),) if experts else ()
+            how = Recipe(target="tensorrt-rtx", weights=all_else, group_size=64, calibration_tokens=1024, rules=rules)
+            compile(DEMO, made[weights], how)
         return made[weights]
 
     return make

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from corral.spec.errors import InputError
-from corral.spec.estimate import Estimate, Serving, calibration_bytes, compile_peak_bytes, estimate
+from corral.spec.estimate import Estimate, Serving, compile_peak_bytes, estimate
 from corral.spec.gpus import GPUS, gpu_named
 from corral.spec.presets import PRESETS
 
@@ -85,10 +85,3 @@ def test_an_unknown_gpu_names_the_known() -> None:
 def test_compile_memory_bounds_what_full_scout_took() -> None:
     """Measured with two processes (docs/full-size.md)."""
     assert 2.5 * 2**30 < compile_peak_bytes(2) < 5 * 2**30
-
-
-def test_fp8_says_that_calibration_runs_the_whole_model() -> None:
-    scout = PRESETS["scout"].model
-    assert calibration_bytes(scout, "int4") == 0
-    assert of("scout", "h100", weights="fp8").to_json()["compile_peak_bytes"] > 4 * 107e9
-    assert of("scout", "h100", weights="int4").to_json()["compile_peak_bytes"] < 100e9

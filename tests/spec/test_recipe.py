@@ -81,7 +81,14 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"rules": [{"matrices": "*", "weights": "int3"}]}, r'rule for "\*": weights "int3" are not known'),
         ({"rules": [{"matrices": "*", "method": "awq"}]}, "method awq scales inputs that matrices share"),
         ({"method": "awq", "rules": [{"matrices": "*", "weights": "fp32"}]}, "method awq scales inputs"),
-        ({"target": "tensorrt", "rules": [{"matrices": "*"}]}, "target tensorrt takes no rules"),
+        (
+            {"target": "tensorrt", "rules": [{"matrices": "*", "weights": "int8"}]},
+            r'rule for "\*": target tensorrt does not take int8 weights',
+        ),
+        (
+            {"target": "tensorrt", "method": "awq", "rules": [{"matrices": "lm_head", "weights": "fp8"}]},
+            r'rule for "lm_head": method awq scales inputs that matrices share',
+        ),
         ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
     ],
     ids=str,

@@ -28,6 +28,11 @@ def test_gpus_are_chosen_by_name_or_number_each_once_lowest_first() -> None:
             r"8\.0 has no fp8 weights.*takes fp16, int4, and fp8 needs one of 8\.9, 12\.0",
         ),
         ({"gpu": "8.9,rtx3090", "weights": "fp8"}, r"8\.6 has no fp8 weights"),
+        ({"gpu": "rtx3090", "rules": [{"matrices": "lm_head", "weights": "fp8"}]}, r"lm_head.*8\.6 has no fp8 weights"),
+        (
+            {"weights": "fp8", "method": "gptq"},
+            "method gptq chooses codes for groups of weights, and fp8 has no groups",
+        ),
         ({"gpu": "rtx9999"}, r'gpu "rtx9999" is not known; expected a compute capability such as 8\.9, or one of'),
         ({"gpu": "8.9", "target": "cpu"}, r"takes no --gpu \(8\.9\).*tensorrt-rtx, tensorrt"),
         ({"weights": "int8"}, "target tensorrt-rtx does not take int8 weights; it takes fp16, int4, fp8"),

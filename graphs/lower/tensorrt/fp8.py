@@ -4,11 +4,13 @@
         -> Mul(MatMul(DequantizeLinear(QuantizeLinear(x)), Transpose(DequantizeLinear(codes))), gains)
 
 TensorRT takes the nodes around a product as one FP8 kernel, which reads the codes as they lie, [outputs, inputs]. The
-scale of x is the largest magnitude that calibration saw, as the format's largest number.
+scale of x is one number, planned like any weight: the largest magnitude that a calibration text shows there, as the
+format's largest number. Experts of a layer share it, so that what one sees of a text serves all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -16,67 +18,56 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from corral.exporter.capture import SCOPE
-from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.e4m3 import LARGEST
+from corral.exporter.planned_tensor import planned_initializer
+from corral.graphs.calibrate.statistics import input_site
+from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.quantize.fp8_weight import Fp8Weight, find_fp8
+from corral.spec.weight_plan import Entry, step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-SMALLEST = 1e-3  # a range: so that its scale is a normal number of float16
 
 
 def lower_fp8_matmul(work: ModelAndPlan) -> bool:
     """Rewrite every product with an FP8 matrix outside the experts."""
     changed = False
     for node in work.nodes("MatMul"):
-        weight = fp8_weight(work, node.inputs[1])
+        weight = find_fp8(work, node.inputs[1])
         if weight is None:
             continue
         build = tape.Tape()
-        y = fp8_product(build, work, node.inputs[0], weight, name=node.metadata_props.get(SCOPE, ""))
+        y = fp8_product(build, work, node.inputs[0], weight)
         work.replace_node(node, build.nodes, [y])
         changed = True
     return changed
 
 
-def fp8_weight(work: ModelAndPlan, weight: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """The dequantized codes [..., outputs, inputs] and the gains [..., 1, outputs] of an FP8 weight, None of any other."""
-    multiply = weight.producer() if weight is not None else None
-    if multiply is None or multiply.op_type != "Mul":
-        return None
-    transposed, gains = multiply.inputs
-    entry = work.entry_of(gains)
-    if transposed is None or gains is None or entry is None or entry.steps[0].name != "e4m3":
-        return None
-    transpose = transposed.producer()
-    assert transpose is not None and transpose.inputs[0] is not None
-    return transpose.inputs[0], gains
-
-
 def fp8_product(
-    build: tape.Tape,
-    work: ModelAndPlan,
-    x: ir.Value | None,
-    weight: tuple[ir.Value, ir.Value],
-    *,
-    name: str,
-    axes: Sequence[int] = (1, 0),
+    build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, weight: Fp8Weight, *, axes: Sequence[int] = (1, 0)
 ) -> ir.Value:
-    """x [..., K] times codes [..., N, K], whose transposition is `axes`, times gains; `name` is x's in the calibration."""
-    codes, gains = weight
-    product = build.op("MatMul", [_rounded(build, work, x, name), build.op("Transpose", [codes], {"perm": axes})])
-    return build.op("Mul", [product, gains])
-
-
-def _rounded(build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, name: str) -> ir.Value:
-    """x rounded to FP8 by the range that calibration saw at `name`."""
-    try:
-        largest = work.activation_ranges[name]
-    except KeyError:
-        raise PatternAbsent(f"calibration saw no input of {name}") from None
-    scale = np.float16(max(largest, SMALLEST) / LARGEST)
-    value = work.constant(ir.tensor(np.array(scale, np.float32), name=f"{name}.range"))
+    """x [..., K] times codes [..., N, K], whose transposition is `axes`, times gains."""
+    scale = _input_scale(work, weight.codes)
     zero = work.constant(ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), name="fp8_zero"))
-    operands: Sequence[ir.Value | None] = [x, value, zero]
-    return build.op("DequantizeLinear", [build.op("QuantizeLinear", operands), value])
+    rounded = build.op("DequantizeLinear", [build.op("QuantizeLinear", [x, scale, zero]), scale])
+    product = build.op("MatMul", [rounded, build.op("Transpose", [weight.dequantized], {"perm": axes})])
+    return build.op("Mul", [product, weight.gain])
+
+
+def _input_scale(work: ModelAndPlan, codes: Entry) -> ir.Value:
+    """Into the plan, behind the codes: one number, which follows from the statistics and not from the row that is read."""
+    first = codes.pieces[0]
+    start, _ = first.rows
+    entry = dataclasses.replace(
+        codes,
+        name=f"{input_site(codes.weight.partition('+')[0])}.input_scale",
+        dtype="float32",
+        shape=(),
+        pieces=(dataclasses.replace(first, rows=(start, start + 1)),),
+        steps=(step("input_scale", statistics=work.statistics), step("rows", dtype="float32")),
+        parameters=0,
+        cut=None,
+    )
+    work.plan.replace(codes.name, codes, entry)
+    value = planned_initializer(entry)
+    work.graph.register_initializer(value)
+    return value

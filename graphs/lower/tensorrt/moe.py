@@ -4,7 +4,8 @@
     one-hot -> cumulative sum        a visit's place among its expert's visits
     places -> slots                  each expert has whole blocks of B rows: its visits, then rows of zeros
     ScatterND(zeros, slot, sigmoid(logit) * x)                     [NB * B, H]
-    [NB, B, H] @ Gather(gate_up, expert of block)  -> SwiGLU ->  [NB, B, I] @ Gather(down, expert of block)
+    [NB, B, H] @ Gather(gate_up, expert of block)  -> SwiGLU ->  [NB, B, I] @ Gather(down, expert of block),
+                                                                                       summed over tiles of I
     Gather(rows, slot)               back to the visits, and their sum over k
 
 NB = min(V, E) + floor((V - min(V, E)) / B) blocks always suffice: the fullest case has min(V, E) visited experts, and each
@@ -16,6 +17,9 @@ for: it has neither NonZero on all devices, nor a loop over experts that leaves 
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
@@ -23,11 +27,14 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
-from corral.graphs.lower.tensorrt.fp8 import fp8_product, fp8_weight
+from corral.graphs.lower.tensorrt.expert_tiles import Tile, cut_experts
+from corral.graphs.lower.tensorrt.fp8 import fp8_product
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.calibrate import ACTIVATED, INPUT
+from corral.graphs.quantize.fp8_weight import find_fp8
+from corral.spec.expert_tiles import MAX_BLOCK
 
-MAX_BLOCK = 64  # rows of a block: a matrix kernel's tile
+LAYER = re.compile(r"layers\.\d+")
+LOWEST = np.finfo(np.float32).min
 
 
 def lower_moe(work: ModelAndPlan) -> bool:
@@ -38,8 +45,11 @@ def lower_moe(work: ModelAndPlan) -> bool:
         raise PatternAbsent(f"lower_moe found {len(nodes)} corral::MoE, expected {expected}")
     for node in nodes:
         build = tape.Tape()
-        y = _Blocks(build, work).routed(node)
+        blocks = _Blocks(build, work)
+        y = blocks.routed(node)
         work.replace_node(node, build.nodes, [y])
+        for total in blocks.totals:  # as residual sums, in float32
+            total.metadata_props[SCOPE] = LAYER.findall(total.metadata_props[SCOPE])[0]
     return bool(nodes)
 
 
@@ -51,10 +61,12 @@ class _Blocks:
         self.multi = build.op_multi_out
         self.experts, self.hidden = work.config.num_local_experts, work.config.hidden_size
         self.k = work.config.num_experts_per_tok
+        self.totals: list[ir.Node] = []  # what sums tiles
 
     def routed(self, node: ir.Node) -> ir.Value:
-        x, logits, gate_up, down = node.inputs
+        x, logits = node.inputs[:2]
         assert x is not None
+        tiles = cut_experts(self.work, node)
         top, chosen = self.multi("TopK", [logits, self.ints(self.k)], {"axis": -1}, num_outputs=2)
         gate_V1, expert_V1 = self.rows(self.op("Sigmoid", [top]), 1), self.rows(chosen, 1)
         visits_VH = self.op("Mul", [self.repeated(self.rows(x, self.hidden)), gate_V1])
@@ -63,7 +75,7 @@ class _Blocks:
         block = self.block_size(count)
         slot_V, expert_NB = self.slots(expert_V1, count, block)
         blocks_NBBH = self.scattered(visits_VH, slot_V, expert_NB, block)
-        answer = self.swiglu(blocks_NBBH, gate_up, down, expert_NB, node.metadata_props.get(SCOPE, ""))
+        answer = self.in_tiles(blocks_NBBH, tiles, expert_NB)
         answers_VH = self.op("Gather", [self.rows(answer, self.hidden), slot_V], {"axis": 0})
         return self.op("Reshape", [self.summed(answers_VH), self.op("Shape", [x])])
 
@@ -109,22 +121,50 @@ class _Blocks:
         filled = self.op("ScatterND", [zeros, index_V1, visits_VH])
         return self.op("Reshape", [filled, self.op("Concat", [blocks, one_block, self.ints(self.hidden)], {"axis": 0})])
 
-    def swiglu(
-        self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value, scope: str
-    ) -> ir.Value:
+    def in_tiles(self, x: ir.Value, tiles: list[Tile], expert_NB: ir.Value) -> ir.Value:
+        """The sum of all tiles' answers, each begun when those before are done."""
+        gate_up, down = tiles[0]
+        total = self.swiglu(x, gate_up, down, expert_NB)
+        for gate_up, down in tiles[1:]:
+            answer = self.swiglu(x, gate_up, down, self.after(total, expert_NB))
+            total = self.total("Add", total, answer)
+        return total
+
+    def after(self, total: ir.Value, expert_NB: ir.Value) -> ir.Value:
+        """`expert_NB` that is only known after `total`.
+
+        Otherwise one kernel gathers all tiles of a layer at once, and nothing is gained. Another expert is taken only
+        where every sum is minus infinity, and there no expert is right.
+        """
+        axes, lowest = self.ints(0, 1, 2), self.work.constant(ir.tensor(LOWEST, name="lowest_float"))
+        highest = self.total("ReduceMax", total, axes, keepdims=0)
+        lost = self.total("LessOrEqual", highest, lowest)
+        other = self.op("Add", [expert_NB, self.op("Cast", [lost], {"to": ir.DataType.INT32})])
+        return self.op("Min", [other, self.scalar32(self.experts - 1)])
+
+    def total(self, operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        """An operator over sums of tiles."""
+        value = self.op(operator, list(inputs), attributes)
+        node = value.producer()
+        assert node is not None
+        self.totals.append(node)
+        return value
+
+    def swiglu(self, x: ir.Value, gate_up: ir.Value | None, down: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
         """(silu(x @ gate) * (x @ up)) @ down, per block with its expert's matrices."""
-        both = self.product(x, gate_up, expert_NB, f"{scope}.{INPUT}")
+        both = self.product(x, gate_up, expert_NB)
         gate, up = self.multi("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2)
         silu = self.op("Mul", [gate, self.op("Sigmoid", [gate])])
-        return self.product(self.op("Mul", [silu, up]), down, expert_NB, f"{scope}.{ACTIVATED}")
+        return self.product(self.op("Mul", [silu, up]), down, expert_NB)
 
-    def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value, name: str) -> ir.Value:
-        """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]; `name` is x's in the calibration."""
-        fp8 = fp8_weight(self.work, weight)
+    def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
+        """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]."""
+        fp8 = find_fp8(self.work, weight)
         if fp8 is None:
             return self.op("MatMul", [x, self.op("Gather", [weight, expert_NB], {"axis": 0})])
-        codes, gains = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in fp8)
-        return fp8_product(self.build, self.work, x, (codes, gains), name=name, axes=(0, 2, 1))
+        codes, gain = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in (fp8.dequantized, fp8.gain))
+        gathered = dataclasses.replace(fp8, dequantized=codes, gain=gain)
+        return fp8_product(self.build, self.work, x, gathered, axes=(0, 2, 1))
 
     def repeated(self, x_TH: ir.Value) -> ir.Value:
         """Each token once per visit: [T, H] -> [V, H]."""

@@ -36,7 +36,7 @@ def test_folding_leaves_the_function_as_it_was(tiny_checkpoint: TinyCheckpoint, 
     checkpoint = open_checkpoint(tiny_checkpoint(form))
     ids = read_calibration_text(checkpoint, Recipe(calibration_tokens=4096)).ids
     statistics = statistics_of(checkpoint, tmp_path, "0123456789abcdef")
-    gather(checkpoint, ids, statistics, hessian=False)
+    gather(checkpoint, ids, statistics, products="blocks")
     search_input_scales(checkpoint, statistics, AWQ)
     model = load_reference(checkpoint)
     if form == "tied":  # the head is a matrix of its own from here on; the embedding stays
@@ -75,7 +75,7 @@ def test_what_is_kept_as_published_is_not_scaled(
     published = {name for name in (*checkpoint.names, HEAD) if checkpoint.info(name).published}
     assert published and all(re.search(kept, name) for name in published)
     statistics = statistics_of(checkpoint, tmp_path, "0123456789abcdef")
-    gather(checkpoint, IDS, statistics, hessian=False)
+    gather(checkpoint, IDS, statistics, products="blocks")
     search_input_scales(checkpoint, statistics, AWQ)
     model = load_reference(checkpoint).float()
     tokens = torch.tensor(IDS[:1, :100])
@@ -98,7 +98,7 @@ def test_scales_of_gate_and_up_alternate_as_their_rows_do(tiny_checkpoint: TinyC
     """What a job reads of an expert stored with gate and up row by row, cut anywhere, is rescaled as the whole is."""
     checkpoint = open_checkpoint(tiny_checkpoint("scout"))
     statistics = statistics_of(checkpoint, tmp_path, "0123456789abcdef")
-    gather(checkpoint, IDS, statistics, hessian=False)
+    gather(checkpoint, IDS, statistics, products="blocks")
     search_input_scales(checkpoint, statistics, AWQ)
     piece = pieces_of(checkpoint, "layers.0.feed_forward.experts.gate_up_proj")[1]
     whole = rescale(checkpoint.read(piece), statistics=statistics.of(piece))
@@ -123,7 +123,7 @@ def test_strong_inputs_lose_less() -> None:
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(32, 128)).astype(np.float32)
     x = (rng.normal(size=(512, 128)) * np.where(np.arange(128) % 16 == 0, 30, 1)).astype(np.float32)
-    seen = InputSums(128, hessian=False)
+    seen = InputSums(128, "blocks")
     seen.add(torch.from_numpy(x))
     scales = input_scales(np.abs(x).mean(0).astype(np.float64), 0.5)
     stored = awq(weight, bits=4, group_size=32, min_tokens=1, statistics={**seen.arrays(), "input_scales": scales})
@@ -138,7 +138,7 @@ def test_strong_inputs_lose_less() -> None:
 
 def test_blocks_are_those_of_the_whole() -> None:
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
-    whole, blocks = InputSums(256, hessian=True), InputSums(256, hessian=False)
+    whole, blocks = InputSums(256, "whole"), InputSums(256, "blocks")
     for part in x.split(20):
         whole.add(part)
         blocks.add(part)
@@ -155,7 +155,7 @@ def test_a_matrix_cut_by_rows_is_quantized_as_a_whole_one(tiny_checkpoint: TinyC
     checkpoint = open_checkpoint(tiny_checkpoint("guard"))
     ids = read_calibration_text(checkpoint, Recipe(calibration_tokens=1024)).ids
     statistics = statistics_of(checkpoint, tmp_path, "0123456789abcdef")
-    gather(checkpoint, ids, statistics, hessian=False)
+    gather(checkpoint, ids, statistics, products="blocks")
     search_input_scales(checkpoint, statistics, AWQ)
     [piece] = pieces_of(checkpoint, "layers.0.feed_forward.up_proj.weight")
 

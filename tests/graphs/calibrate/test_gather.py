@@ -25,7 +25,7 @@ IDS = np.random.default_rng(1).integers(0, 256, (6, 40))  # windows longer than 
 def gathered(directory: Path, out: Path, progress: Callable[..., None] = lambda *told: None) -> Statistics:
     checkpoint = open_checkpoint(directory)
     statistics = statistics_of(checkpoint, out, KEY)
-    gather(checkpoint, IDS, statistics, hessian=True, progress=progress)
+    gather(checkpoint, IDS, statistics, products="whole", progress=progress)
     return statistics
 
 
@@ -68,7 +68,13 @@ def test_sums_are_those_of_the_whole_models_inputs(tiny_checkpoint: Checkpoint, 
         assert stored["tokens"].item() == len(x)
         assert np.abs(stored["hessian"] - want).max() < 1e-5 * np.abs(want).max(), name
         np.testing.assert_allclose(stored["magnitude"], x.abs().sum(0).numpy(), rtol=1e-4)
+        np.testing.assert_allclose(stored["largest"], x.abs().amax(0).numpy(), rtol=1e-4, atol=1e-6)
     experts = [name for name in inputs if ".experts." in name]
+    for site in {name.rpartition(".")[0] for name in experts}:
+        whole = torch.cat([inputs[name] for name in experts if name.startswith(f"{site}.")])
+        together = statistics.inputs(site)
+        assert together["tokens"].item() == len(whole)
+        np.testing.assert_allclose(together["largest"], whole.abs().amax(0).numpy(), rtol=1e-4, atol=1e-6)
     assert len(experts) > 20 or form == "guard", "hardly any expert was visited: this test sees nothing"
     assert not list(tmp_path.glob("hidden-*")), "hidden states were left behind"
     assert not list(tmp_path.glob("*.partial"))

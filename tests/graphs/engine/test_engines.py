@@ -39,6 +39,7 @@ def built(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     made: dict[tuple[str, str], Path] = {}
 
     def make(weights: str, gpu: str) -> Path:
+        """`weights` "fp8 int4": all but the experts, and those."""
         if (weights, gpu) not in made:
             made[weights, gpu] = tmp_path_factory.mktemp("built") / "demo"
             shutil.copytree(lowered(weights), made[weights, gpu])
@@ -118,13 +119,25 @@ def test_int4_is_multiplied_without_a_float_copy_but_for_the_chosen_experts(buil
 def test_fp8_is_multiplied_as_fp8_and_experts_are_gathered_as_such(built: Callable[[str, str], Path]) -> None:
     for profile in sidecar(built("fp8", "rtx4090"))["profiles"]:
         assert not profile["unfused_weights"]
-        assert len(products(profile)) == 4 * (4 + 3 + 2) + 1  # attention, shared expert, experts; the head
+        assert len(products(profile)) == 4 * (2 + 2 + 2) + 1  # attention, shared expert, experts; the head
         for name, kernel in products(profile).items():
             assert read(kernel)[:2] == ["fp8_e4m3"] * 2, name
             assert kernel["writes"][0]["type"] == "half"
         gathers = [k for k in profile["kernels"] if k["name"].endswith("GathGath")]
         written = [(tensor["shape"][-2:], tensor["type"]) for kernel in gathers for tensor in kernel["writes"]]
         assert written.count(([512, 256], "fp8_e4m3")) == written.count(([256, 256], "fp8_e4m3")) == 4
+
+
+def test_experts_in_int4_beside_fp8_are_each_what_they_are(built: Callable[[str, str], Path]) -> None:
+    about = sidecar(built("fp8 int4", "rtx4090"))
+    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.15
+    experts, all_else = 4 * 16 * 3 * 256 * 256, 4 * (3 + 3) * 256 * 256 + 256 * 2048
+    for profile in about["profiles"]:
+        assert abs(profile["weights"]["int4"] / (experts / 2) - 1) < 0.01
+        assert abs(profile["weights"]["fp8_e4m3"] / all_else - 1) < 0.01
+        assert len(profile["unfused_weights"]) == 4
+        for name, kernel in products(profile).items():
+            assert read(kernel).count("fp8_e4m3") == (0 if ".experts" in name else 2), name
 
 
 def test_fp8_on_gpus_without_it_is_refused_before_anything_is_read(tmp_path: Path) -> None:

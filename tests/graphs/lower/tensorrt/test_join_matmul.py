@@ -19,7 +19,7 @@ def decoder(directory: Path) -> onnx.GraphProto:
     return onnx.load(directory / "decoder.onnx").graph
 
 
-@pytest.mark.parametrize("weights", ["fp16", "int4"])
+@pytest.mark.parametrize("weights", ["fp16", "int4", "fp8"])
 @pytest.mark.parametrize(
     ("form", "dense"), [("scout", 0), ("maverick", 3), ("guard", 5)]
 )  # layers whose feed-forward is dense

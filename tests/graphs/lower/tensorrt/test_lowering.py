@@ -122,7 +122,7 @@ def one_step(
         past_length_B=cache.past_lengths(at),
         caches=view,
     )
-    return session.run(step)[:, 0]
+    return session.run(step)[:, 0].copy()
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

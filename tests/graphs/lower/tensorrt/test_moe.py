@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corral.exporter.ops.custom_op import DOMAIN
-from corral.graphs.lower.tensorrt.moe import MAX_BLOCK, lower_moe
+from corral.graphs.lower.tensorrt.moe import lower_moe
 from corral.graphs.model_and_plan import ModelAndPlan
+from corral.spec.expert_tiles import MAX_BLOCK
 from corral.spec.model_config import parse_config
 from corral.spec.recipe import Recipe
 from corral.spec.weight_plan import WeightPlan

@@ -1,0 +1,98 @@
+"""Experts in tiles: the same numbers, stored apart; the same answers; less memory for what is dequantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from corral.graphs import compile
+from corral.graphs.engine.engines import build_engines
+from corral.runtime import LLM
+from corral.spec.bundle import Bundle, open_bundle
+from corral.spec.errors import InputError
+from corral.spec.recipe import Recipe
+
+DEMO = Path(__file__).parents[4] / "demo" / "demo-scout"
+Checkpoint = Callable[[str], Path]
+TinyBundle = Callable[[str, str, str], Path]
+
+
+def tiled(checkpoint: Path, out: Path, weights: str = "int4", tiles: int = 2, **more: Any) -> Bundle:
+    recipe = Recipe(target="tensorrt-rtx", weights=weights, group_size=32, expert_tiles=tiles, **more)
+    return compile(checkpoint, out, recipe)
+
+
+def weights_of(bundle: Bundle) -> dict[str, np.ndarray]:
+    model = onnx.load(bundle.path(bundle.manifest.graphs[0].path))
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
+def test_tiles_are_the_columns_of_the_whole(
+    tiny_checkpoint: Checkpoint, tiny_bundle: TinyBundle, tmp_path: Path, weights: str
+) -> None:
+    bundle = tiled(tiny_checkpoint("scout"), tmp_path / "out", weights)
+    parts, whole = weights_of(bundle), weights_of(open_bundle(tiny_bundle("scout", "tensorrt-rtx", weights)))
+    for end in (".codes", ".scales") if weights == "int4" else ("",):
+        for i in range(5):
+            experts = f"layers.{i}.feed_forward.experts"
+            gate, up = np.split(whole[f"{experts}.gate_up_proj{end}"], 2, axis=2)
+            halves = [np.split(parts[f"{experts}.gate_up_proj{end}.{tile}"], 2, axis=2) for tile in range(2)]
+            np.testing.assert_array_equal(np.concatenate([half[0] for half in halves], axis=2), gate)
+            np.testing.assert_array_equal(np.concatenate([half[1] for half in halves], axis=2), up)
+            down = [parts[f"{experts}.down_proj{end}.{tile}"] for tile in range(2)]
+            np.testing.assert_array_equal(np.concatenate(down, axis=1), whole[f"{experts}.down_proj{end}"])
+    assert bundle.manifest.coverage == open_bundle(tiny_bundle("scout", "tensorrt-rtx", weights)).manifest.coverage
+
+
+@pytest.mark.parametrize(("form", "weights"), [("scout", "int4"), ("maverick", "fp16"), ("topk2", "int4")])
+def test_tiles_answer_as_the_whole_does(
+    tiny_checkpoint: Checkpoint, tiny_bundle: TinyBundle, tmp_path: Path, form: str, weights: str
+) -> None:
+    """To float16's 11 bits: a tile's answers are rounded, their sum is float32."""
+
+    def score(bundle: Bundle) -> np.ndarray:
+        ready = dataclasses.replace(bundle.manifest, stage="ready")
+        return LLM(Bundle(bundle.directory, ready)).score(np.random.default_rng(3).integers(0, 256, 40))
+
+    whole = score(open_bundle(tiny_bundle(form, "tensorrt-rtx", weights)))
+    got = score(tiled(tiny_checkpoint(form), tmp_path / "out", weights))
+    assert np.abs(got - whole).max() < 2e-3 * np.abs(whole).max()
+    assert (got != whole).any()
+
+
+def test_an_engine_writes_one_tile_at_a_time(tmp_path: Path) -> None:
+    """The demo in four tiles: a kernel for each that writes a quarter of what one kernel writes for the whole."""
+    pytest.importorskip("tensorrt_rtx")
+    recipe = Recipe(target="tensorrt-rtx", weights="int4", group_size=64, expert_tiles=4)
+    compile(DEMO, tmp_path / "out", recipe)
+    bundle = build_engines(tmp_path / "out", gpu="8.9")
+    (engine,) = bundle.manifest.engines
+    about = json.loads(bundle.path(engine.sidecar).read_text())
+    assert about["weight_bytes"] < 1.15 * about["expected_weight_bytes"]
+    for profile in about["profiles"]:
+        by_layer: dict[str, list[int]] = {}
+        for kernel in profile["unfused_weights"]:
+            layer = kernel["layers"][0].partition(".feed_forward")[0]
+            half = [tensor["known_bytes"] for tensor in kernel["writes"] if tensor["type"] == "half"]
+            by_layer.setdefault(layer, []).append(sum(half))
+        assert by_layer == {f"layers.{i}": [3 * 256 * 64 * 2] * 4 for i in range(4)}
+
+
+def test_tiles_that_do_not_fit_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="64 columns do not divide into that many tiles of whole groups of 32"):
+        tiled(tiny_checkpoint("scout"), tmp_path / "out", tiles=4)
+    with pytest.raises(InputError, match="experts cannot be cut: FP8 has one scale"):
+        tiled(tiny_checkpoint("scout"), tmp_path / "out", method="gptq")
+    with pytest.raises(InputError, match="experts cannot be cut: FP8 has one scale"):
+        tiled(tiny_checkpoint("scout"), tmp_path / "out", "fp8")
+    with pytest.raises(InputError, match="expert_tiles is -1"):
+        Recipe(target="tensorrt-rtx", weights="fp16", expert_tiles=-1)
+    assert not (tmp_path / "out").exists()
