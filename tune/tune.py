@@ -20,6 +20,7 @@ from corral.spec.errors import InputError
 from corral.spec.progress import Progress, silent
 from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
 from corral.spec.recipe import Recipe
+from corral.spec.target import target_named
 from corral.tune.choice import METHODS_TRIED, Choice
 from corral.tune.limits import limit_of
 from corral.tune.parts import Part, parts_of
@@ -48,6 +49,11 @@ def tune(
     weights: activations are float32. Needs the model in float32 in memory. Raises InputError for a checkpoint that is
     quantized already, for a text that is too short, and where no choice keeps the budget.
     """
+    if target_named(recipe.target).engine:
+        raise InputError(
+            f"corral tune chooses among kernels of ONNX Runtime; engines of {recipe.target} store all matrices but the "
+            "experts alike. Give --target cpu, or write the recipe by hand."
+        )
     source = open_checkpoint(Path(checkpoint), progress=progress)
     parts = parts_of(source.config, source.names)
     _check_floats(source, parts)
