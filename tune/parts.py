@@ -1,11 +1,11 @@
-"""What is chosen for together: matrices that one kernel reads, and that are therefore stored alike."""
+"""What is chosen for together: matrices that one kernel reads, and that are therefore stored alike; and the embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from corral.model.checkpoint.names import HEAD
+from corral.model.checkpoint.names import EMBEDDING, HEAD
 from corral.spec.model_config import ModelConfig
 from corral.spec.rule import Rule
 
@@ -17,7 +17,10 @@ DENSE = ("feed_forward.[gud]*_proj",)
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some matrices of the model. `pattern` names them in rules, `layer` is where they are (the head: behind the last)."""
+    """Some matrices of the model. `pattern` names them in rules.
+
+    `layer` is where they are: the head behind the last, the embedding table before the first.
+    """
 
     pattern: str
     layer: int
@@ -28,10 +31,20 @@ class Part:
         """The pattern that names the like of it in every layer."""
         return self.pattern.replace(f"layers.{self.layer}.", "layers.*.", 1)
 
+    @property
+    def is_experts(self) -> bool:
+        return ".experts." in self.pattern
+
+    @property
+    def is_table(self) -> bool:
+        """The embedding: rows are looked up, nothing is multiplied, and it is stored as published unless a rule names it."""
+        return self.parameters == (EMBEDDING,)
+
 
 def parts_of(config: ModelConfig, names: Iterable[str]) -> tuple[Part, ...]:
     """All parts in the order of computation; `names` are the checkpoint's parameters."""
-    parts = []
+    table = EMBEDDING.removesuffix(".weight")
+    parts = [Part(pattern=table, layer=-1, parameters=(EMBEDDING,))]
     for i, layer in enumerate(config.layers):
         for pattern in (*ATTENTION, *(EXPERTS if layer.moe else DENSE)):
             rule = Rule(matrices=f"layers.{i}.{pattern}")

@@ -14,16 +14,24 @@ from corral.tune.parts import Part
 
 
 def as_recipe(recipe: Recipe, chosen: Mapping[Part, Choice]) -> Recipe:
-    """`recipe` with the most frequent choice as its own, and a rule for what differs: for a kind of part, or for one part."""
-    base = _most_frequent(chosen.values())
+    """`recipe` with the most frequent choice as its own, and a rule for what differs: for a kind of part, or for one part.
+
+    What corral's kernels do not compute cannot be the recipe's own; the embedding has a rule of its own or is as published.
+    """
+    matrices = [choice for part, choice in chosen.items() if not part.is_table]
+    base = _most_frequent([one for one in matrices if recipe.kernels == "stock" or one.weights == "int4"] or matrices)
     rules = []
     for kind in dict.fromkeys(part.kind for part in chosen):
-        alike = {part: choice for part, choice in chosen.items() if part.kind == kind}
+        alike = {part: choice for part, choice in chosen.items() if part.kind == kind and not part.is_table}
+        if not alike:
+            continue
         usual = _most_frequent(alike.values())
         if usual != base and len(alike) > 1:
             rules.append(_rule(kind, usual))
         before = usual if len(alike) > 1 else base
         rules += [_rule(part.pattern, choice) for part, choice in alike.items() if choice != before]
+    tables = [(part, choice) for part, choice in chosen.items() if part.is_table]
+    rules += [_rule(part.pattern, choice) for part, choice in tables if scheme_named(choice.weights).is_quantized]
     return dataclasses.replace(recipe, **dataclasses.asdict(base), rules=tuple(rules))
 
 

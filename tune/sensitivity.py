@@ -38,10 +38,10 @@ class Meter:
         self._head = self._model.lm_head.weight.data  # the numbers, not the parameter that is given others
         if checkpoint.config.tie_word_embeddings:  # the head is rounded, the table is not
             self._model.lm_head.weight = torch.nn.Parameter(self._head.clone(), requires_grad=False)
-        ids_BS = torch.from_numpy(ids)
-        self._positions = torch.arange(ids.shape[1]).expand_as(ids_BS)
+        self._ids = torch.from_numpy(ids)
+        self._positions = torch.arange(ids.shape[1]).expand_as(self._ids)
         with torch.no_grad():
-            self._embedded = self._model.embed_tokens(ids_BS)
+            self._embedded = self._model.embed_tokens(self._ids)
         self._reached = 0, self._embedded  # a layer, and what it reads
         self._final = self._run(self._embedded, 0)
 
@@ -50,9 +50,11 @@ class Meter:
         """Mean KL(model ‖ model with these parts stored so), in nats a token."""
         if not any(scheme_named(choice.weights).is_quantized for choice in chosen.values()):
             return 0.0
-        first = min(part.layer for part in chosen)
+        first = max(min(part.layer for part in chosen), 0)
         before = self._before(first)
         with self._replaced(chosen):
+            if any(part.is_table for part in chosen):
+                before = self._model.embed_tokens(self._ids)
             return self._kl(self._run(before, first))
 
     def _before(self, layer: int) -> Tensor:

@@ -6,18 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from corral.exporter.bind_weights import embedding_entry
 from corral.graphs.bundle_size import bundle_bytes
 from corral.graphs.calibrate.gather import pieces_of
 from corral.graphs.compiler import lower
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.quant_scheme import scheme_named
 from corral.spec.recipe import Recipe
+from corral.spec.weight_plan import ITEM_BITS
 from corral.tune.choice import Choice
 from corral.tune.parts import Part
 from corral.tune.recipe_file import as_recipe
 
 Storage = tuple[str, int]  # weights, group size
-SCALE_BITS = {"stock": 32, "corral": 16}  # by the recipe's kernels
+SCALE_BITS, TILED_SCALE_BITS = 32, 16  # the second where corral's kernels compute int4
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,19 @@ class Sizes:
         """A part's codes and scales, or floats, without what alignment adds."""
         weights, group = storage
         bits = scheme_named(weights).bits
-        per_weight = 32 if bits is None else bits + SCALE_BITS[self.recipe.kernels] / group
+        tiled = self.recipe.kernels == "corral" and weights == "int4" and not part.is_table
+        if bits is None:
+            per_weight = float(ITEM_BITS[embedding_entry(self.checkpoint).dtype if part.is_table else "float32"])
+        else:
+            per_weight = bits + (TILED_SCALE_BITS if tiled else SCALE_BITS) / group
         pieces = (piece for name in part.parameters for piece in pieces_of(self.checkpoint, name))
         return int(sum(math.prod(piece.shape) for piece in pieces) * per_weight) // 8
 
     def fits(self, part: Part, storage: Storage) -> bool:
-        """Whether the group size divides the inputs of all of a part's matrices."""
+        """Whether the group size divides the inputs of all of a part's matrices, and there are kernels for it."""
         weights, group = storage
+        if self.recipe.kernels == "corral" and part.is_experts and weights != "int4":
+            return False
         inputs = (pieces_of(self.checkpoint, name)[0].shape[-1] for name in part.parameters)
         return not scheme_named(weights).is_quantized or all(count % group == 0 for count in inputs)
 
@@ -59,4 +67,6 @@ class Sizes:
     def share_read(self, part: Part) -> float:
         """Of a part's bytes, those that one token reads."""
         config = self.checkpoint.config
-        return config.num_experts_per_tok / config.num_local_experts if ".experts." in part.pattern else 1.0
+        if part.is_table:
+            return 0.0  # but for a row
+        return config.num_experts_per_tok / config.num_local_experts if part.is_experts else 1.0

@@ -1,12 +1,11 @@
 """Decode speed from bytes: a token costs a fixed time, and time for each byte of weights that it reads.
 
-Both are measured here, with two builds of the checkpoint: all int4 and all int8. A token reads of the routed experts only
-those that it visits.
+Both are measured here, with two builds of the checkpoint: all int4, and all int8 that there are kernels for. A token reads
+of the routed experts only those that it visits.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from corral.spec.quant_scheme import GROUP_SIZES
 from corral.spec.recipe import Recipe
 from corral.tune.choice import Choice
 from corral.tune.parts import Part
+from corral.tune.recipe_file import as_recipe
 from corral.tune.sizes import Sizes
 from corral.validate.build import open_build
 from corral.validate.latency import measure_latency
@@ -51,16 +51,19 @@ def measure_speed(
 ) -> Speed:
     """Compile the two builds in the temporary directory, and time them."""
     group = max(size for size in GROUP_SIZES if all(sizes.fits(part, ("int4", size)) for part in parts))
-    both = [Choice(weights=weights, group_size=group, method="rtn") for weights in ("int4", "int8")]
+    small, large = (Choice(weights=weights, group_size=group, method="rtn") for weights in ("int4", "int8"))
+    both = {
+        "int4": dict.fromkeys(parts, small),
+        "int8": {part: large if sizes.fits(part, ("int8", group)) else small for part in parts},
+    }
     with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
         builds = []
-        for choice in both:
-            build = dataclasses.replace(recipe, **dataclasses.asdict(choice))
-            compile(checkpoint, Path(scratch) / choice.weights, build, progress=progress)
-            builds.append(open_build(Path(scratch) / choice.weights, provider="cpu", threads=threads))
+        for name, chosen in both.items():
+            compile(checkpoint, Path(scratch) / name, as_recipe(recipe, chosen), progress=progress)
+            builds.append(open_build(Path(scratch) / name, provider="cpu", threads=threads))
         found = measure_latency(builds, PROMPT, repeats=REPEATS, progress=progress)
     fast, slow = (1 / latency.tokens_per_second.median for latency in found if latency)
-    read = [sizes.read(dict.fromkeys(parts, choice)) for choice in both]
+    read = [sizes.read(chosen) for chosen in both.values()]
     # Never below zero: of a small model the noise may be larger than what bytes cost.
     per_byte = max((slow - fast) / (read[1] - read[0]), 1e-15)
     return Speed(fixed=max(fast - per_byte * read[0], 0.0), per_byte=per_byte)

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from corral.graphs.calibrate.calibration_text import WINDOW, CalibrationText, read_calibration_text
 from corral.graphs.calibrate.gather import gather
 from corral.graphs.calibrate.statistics import statistics_of
+from corral.graphs.quantize.methods import METHODS
 from corral.model.checkpoint import open_checkpoint
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.errors import InputError
 from corral.spec.progress import Progress, silent
 from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
 from corral.spec.recipe import Recipe
+from corral.spec.rule import Rule
 from corral.spec.target import target_named
 from corral.tune.choice import METHODS_TRIED, Choice
 from corral.tune.limits import limit_of
@@ -100,6 +102,7 @@ def _try_all(
     for done, part in enumerate(parts):
         progress("measure", done, len(parts), "parts")
         for weights, methods in METHODS_TRIED.items():
+            methods = tuple(one for one in methods if not (part.is_table and METHODS[one].calibrated))
             for storage in reversed([one for one in storages if one[0] == weights and sizes.fits(part, one)]):
                 found = []
                 for method in methods:
@@ -133,7 +136,7 @@ def _storages(recipe: Recipe) -> tuple[Storage, ...]:
 
     def takes(weights: str) -> bool:
         try:
-            dataclasses.replace(recipe, weights=weights, method="rtn")
+            dataclasses.replace(recipe, rules=(Rule(matrices="*", weights=weights, method="rtn"),))
         except InputError:
             return False
         return True
