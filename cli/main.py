@@ -21,6 +21,7 @@ COMMANDS = (
     "run",
     "chat",
     "validate",
+    "tune",
     "inspect",
     "doctor",
     "demo",

@@ -170,7 +170,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
 
 
 def rules_toml(rules: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str:
-    """Rules as a TOML array, one a line, each with its remark."""
+    """Rules as a TOML array, one a line, each with its remark where there are any."""
     lines = []
     for i, rule in enumerate(rules):
         remark = remarks[i] if i < len(remarks) else ""

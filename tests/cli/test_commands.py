@@ -265,3 +265,33 @@ def test_inspect_verify_finds_a_flipped_byte(corral: Corral, bundle: Path, tmp_p
     data[1000] ^= 1
     (copy / "weights-00000.bin").write_bytes(data)
     assert "weights-00000.bin has SHA-256" in corral("inspect", copy, "--verify", code=2).stderr
+
+
+def test_tune_writes_a_recipe_that_compiles(corral: Corral, tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    recipe, checkpoint = tmp_path / "tuned.toml", tiny_checkpoint("two_layers")
+    arguments = ("tune", checkpoint, "-o", recipe, "--size", "0.5MB", "--tokens", 512, "--calibration-tokens", 1024)
+    shown = corral(*arguments).stdout
+    assert "KL of the weights together" in shown and f"--recipe {recipe}" in shown
+    text = recipe.read_text()
+    assert text.startswith("# Chosen by corral tune for a size budget of 500000.")
+    assert "# KL " in text
+    bundle = json.loads(corral("compile", checkpoint, "-o", tmp_path / "out", "--recipe", recipe, "--json").stdout)
+    assert bundle["bytes"] <= 500_000
+    assert "is there already" in corral(*arguments, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ([], "expected one of --budget NATS-kl, --size BYTES and --tokens-per-second N, got none"),
+        (["--size", "1GB", "--budget", "1-kl"], "got --budget and --size"),
+        (["--budget", "0.01"], '--budget is "0.01", expected a number above 0 with its unit, such as 0.01-kl'),
+        (["--size", "10"], '--size is "10"'),
+        (["--size", "0MB"], '--size is "0MB"'),
+        (["--size", "GB"], '--size is "GB"'),
+        (["--tokens-per-second", "-1"], '--tokens-per-second is "-1.0"'),
+        (["--tokens-per-second", "nan"], '--tokens-per-second is "nan"'),
+    ],
+)
+def test_budgets_that_are_none(corral: Corral, tmp_path: Path, budget: list[str], says: str) -> None:
+    assert says in corral("tune", tmp_path, "-o", tmp_path / "tuned.toml", *budget, code=2).stderr

@@ -1,0 +1,46 @@
+"""A budget -> what parts weigh against it, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from corral.tune.choice import Choice
+from corral.tune.parts import Part
+from corral.tune.select import Limit
+from corral.tune.sensitivity import Meter
+from corral.tune.sizes import Sizes
+from corral.tune.speed import Speed
+from corral.tune.tuned import Budget
+
+SMALLEST = Choice(weights="int4", group_size=32, method="rtn")
+
+
+def limit_of(budget: Budget, parts: Sequence[Part], meter: Meter, sizes: Sizes, speed: Speed | None) -> Limit:
+    """A limit on divergence: the fewest bytes within it. On bytes, or on what a token reads: the least divergence."""
+    if budget.what == "kl":
+        return Limit(
+            load=lambda one: one.kl,
+            value=lambda one: one.bytes,
+            whole=meter.divergence,
+            limit=budget.limit,
+            loads_limit=budget.limit,
+        )
+    if budget.what == "size":
+        smallest = dict.fromkeys(parts, SMALLEST)
+        rest = sizes.bundle(smallest) - sizes.parts(smallest)
+        return Limit(
+            load=lambda one: one.bytes,
+            value=lambda one: one.kl,
+            whole=sizes.bundle,
+            limit=budget.limit,
+            loads_limit=budget.limit - rest,
+        )
+    assert speed is not None
+    read = speed.most_read(budget.limit)
+    return Limit(
+        load=lambda one: one.bytes * sizes.share_read(one.part),
+        value=lambda one: one.kl,
+        whole=sizes.read,
+        limit=read,
+        loads_limit=read,
+    )

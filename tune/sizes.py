@@ -1,0 +1,62 @@
+"""How many bytes a choice takes: of one part by formula, of a whole bundle counted in its plan, of one token's reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from corral.graphs.bundle_size import bundle_bytes
+from corral.graphs.calibrate.gather import pieces_of
+from corral.graphs.compiler import lower
+from corral.model.checkpoint.checkpoint import Checkpoint
+from corral.spec.quant_scheme import scheme_named
+from corral.spec.recipe import Recipe
+from corral.tune.choice import Choice
+from corral.tune.parts import Part
+from corral.tune.recipe_file import as_recipe
+
+Storage = tuple[str, int]  # weights, group size
+SCALE_BITS = {"stock": 32, "corral": 16}  # by the recipe's kernels
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a checkpoint, compiled for the target and kernels of `recipe`."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+
+    def stored(self, part: Part, storage: Storage) -> int:
+        """A part's codes and scales, or floats, without what alignment adds."""
+        weights, group = storage
+        bits = scheme_named(weights).bits
+        per_weight = 32 if bits is None else bits + SCALE_BITS[self.recipe.kernels] / group
+        pieces = (piece for name in part.parameters for piece in pieces_of(self.checkpoint, name))
+        return int(sum(math.prod(piece.shape) for piece in pieces) * per_weight) // 8
+
+    def fits(self, part: Part, storage: Storage) -> bool:
+        """Whether the group size divides the inputs of all of a part's matrices."""
+        weights, group = storage
+        inputs = (pieces_of(self.checkpoint, name)[0].shape[-1] for name in part.parameters)
+        return not scheme_named(weights).is_quantized or all(count % group == 0 for count in inputs)
+
+    def parts(self, chosen: Mapping[Part, Choice]) -> int:
+        """All parts as they are chosen."""
+        return sum(self.stored(part, (choice.weights, choice.group_size)) for part, choice in chosen.items())
+
+    def bundle(self, chosen: Mapping[Part, Choice]) -> int:
+        """The bundle of such a choice, to the byte. Lowers the checkpoint, which takes seconds."""
+        return bundle_bytes(lower(self.checkpoint, as_recipe(self.recipe, chosen)), self.checkpoint)
+
+    def read(self, chosen: Mapping[Part, Choice]) -> float:
+        """What one token reads of the parts: of experts, those that it visits."""
+        return sum(
+            self.stored(part, (choice.weights, choice.group_size)) * self.share_read(part)
+            for part, choice in chosen.items()
+        )
+
+    def share_read(self, part: Part) -> float:
+        """Of a part's bytes, those that one token reads."""
+        config = self.checkpoint.config
+        return config.num_experts_per_tok / config.num_local_experts if ".experts." in part.pattern else 1.0

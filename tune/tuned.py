@@ -1,0 +1,57 @@
+"""What tuning asks for and gives, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from corral.spec.recipe import Recipe
+from corral.tune.choice import Choice
+from corral.tune.parts import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What must be kept: mean KL divergence in nats a token at most, bytes at most, or tokens per second at least."""
+
+    what: Literal["kl", "size", "tokens-per-second"]
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One part stored one way, all others in float32: nats a token, and bytes."""
+
+    part: Part
+    choice: Choice
+    kl: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        choice = dataclasses.asdict(self.choice)
+        return {"matrices": self.part.pattern, **choice, "kl": self.kl, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What was chosen, on what grounds."""
+
+    recipe: Recipe
+    chosen: tuple[Tried, ...]  # one a part
+    tried: tuple[Tried, ...]
+    kl: float  # of all that was chosen together, measured
+    bytes: int  # of the bundle
+    tokens_per_second: float | None  # estimated, where asked for
+    tokens: int  # that divergence was measured on
+    text: str
+
+    @property
+    def sum_of_parts(self) -> float:
+        """What the parts' divergences, measured one by one, add up to."""
+        return sum(tried.kl for tried in self.chosen)
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {name: [tried.to_json() for tried in getattr(self, name)] for name in ("chosen", "tried")}
+        numbers = {name: getattr(self, name) for name in ("kl", "bytes", "tokens_per_second", "tokens", "text")}
+        return {"recipe": self.recipe.to_json(), **numbers, "kl_sum_of_parts": self.sum_of_parts, **rows}
