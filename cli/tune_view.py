@@ -36,7 +36,7 @@ def written(tuned: Tuned, budget: Mapping[str, Any]) -> str:
     """The recipe file: how it came about, then its keys and rules, each with what its matrices cost."""
     from corral.tune.recipe_file import recipe_text
 
-    head = [f"Chosen by corral tune for a {budget['what']} budget of {budget['limit']:g}.", *_in_words(tuned)]
+    head = [f"Chosen by corral tune for a {budget['what']} budget of {budget['limit']:.10g}.", *_in_words(tuned)]
     return recipe_text(tuned.recipe, head=head, remarks=[_remark(rule, tuned) for rule in tuned.recipe.rules])
 
 
@@ -57,7 +57,13 @@ def _next_best(one: Tried, tuned: Tuned) -> str:
     return f"{min(other.kl for other in smaller if other.bytes == most):.1e}"
 
 
+def _last_rule(tuned: Tuned, one: Tried) -> Rule | None:
+    """The rule that decides about a part."""
+    matching = [rule for rule in tuned.recipe.rules if rule.matches(one.part.parameters[0])]
+    return matching[-1] if matching else None
+
+
 def _remark(rule: Rule, tuned: Tuned) -> str:
-    ruled = [one for one in tuned.chosen if any(map(rule.matches, one.part.parameters))]
+    ruled = [one for one in tuned.chosen if _last_rule(tuned, one) is rule]
     parts = f" in {counted(len(ruled), 'layer')}" if len(ruled) > 1 else ""
     return f"KL {sum(one.kl for one in ruled):.1e}, {size(sum(one.bytes for one in ruled))}{parts}"
