@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corral.model.checkpoint.names import HEAD
+from corral.model.checkpoint.names import EMBEDDING, HEAD
 from corral.spec.model_config import parse_config
 from corral.spec.recipe import Recipe
 from corral.tune.choice import Choice
@@ -35,7 +35,7 @@ def parts(config: dict[str, Any]) -> tuple[Part, ...]:
         names += [f"layers.{i}.feed_forward.router.weight"] * layer.moe
     found = parts_of(model, names)
     assert sorted(name for part in found for name in part.parameters) == sorted(
-        [HEAD, *(name for name in names if "router" not in name)]
+        [EMBEDDING, HEAD, *(name for name in names if "router" not in name)]
     )
     return found
 
@@ -51,17 +51,29 @@ def test_the_recipe_says_of_each_matrix_what_was_chosen(
     chosen = {part: data.draw(st.sampled_from(some)) for part in parts(tiny_config(form))}
     recipe = as_recipe(Recipe(), chosen)
     for part, choice in chosen.items():
+        if part.is_table and choice.weights == "fp32":  # as published
+            assert not any(rule.matches(EMBEDDING) for rule in recipe.rules)
+            continue
         for name in part.parameters:
             found = recipe.of(name)
             assert (found.weights, found.method) == (choice.weights, choice.method)
             assert choice.weights == "fp32" or found.group_size == choice.group_size
     text = recipe_text(recipe, head=["Made by a test."], remarks=["so"] * len(recipe.rules))
     assert Recipe.from_json(tomllib.loads(text)) == recipe
+    table = next(part for part in chosen if part.is_table)
+    assert chosen[table].weights == "fp32" or recipe.rules[-1].matches(EMBEDDING)
+
+
+def test_with_kernels_of_corral_the_recipe_itself_is_int4(tiny_config: Callable[[str], dict[str, Any]]) -> None:
+    chosen = {part: CHOICES[0 if part.is_experts else 2] for part in parts(tiny_config("scout"))}
+    recipe = as_recipe(Recipe(kernels="corral"), chosen)
+    assert (recipe.kernels, recipe.weights) == ("corral", "int4")
+    assert all(recipe.of(name).weights == choice.weights for part, choice in chosen.items() for name in part.parameters)
 
 
 def test_what_most_layers_have_is_one_line(tiny_config: Callable[[str], dict[str, Any]]) -> None:
     found = parts(tiny_config("scout"))
-    chosen = dict.fromkeys(found, CHOICES[0])
+    chosen = dict.fromkeys(found, CHOICES[0]) | {found[0]: CHOICES[3]}  # the embedding as published
     for part in found:
         if part.kind == "layers.*.self_attn.o_proj":
             chosen[part] = CHOICES[1 if part.layer == 3 else 2]
