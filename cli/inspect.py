@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,7 @@ View = tuple[Any, Callable[[], None]]
 
 
 def _summary(bundle: Bundle, _: str | None) -> View:
-    from corral.cli.bundle_view import calibration_lines, coverage_table, next_command, summary
+    from corral.cli.bundle_view import calibration_lines, coverage_table, next_command, origin, summary
     from corral.cli.formats import counted, size
     from corral.cli.tables import print_table
 
@@ -134,7 +134,7 @@ def _summary(bundle: Bundle, _: str | None) -> View:
         "tokenizer": manifest.tokenizer or "none: token ids only",
         "chat": manifest.chat_template or "no chat template",
         "needs": ", ".join(f"{package} {least} or newer" for package, least in manifest.requires.items()),
-        "made by": f"corral {manifest.corral} from {_origin(manifest.source)}",
+        "made by": f"corral {manifest.corral} from {origin(manifest)}",
     }
 
     def show() -> None:
@@ -150,12 +150,6 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     more = {"model": model.to_json(), "kv": [dataclasses.asdict(kv) for kv in manifest.kv]}
     rest = {"tokenizer": manifest.tokenizer, "requires": manifest.requires, "source": manifest.source}
     return {**summary(bundle), **more, **rest, "corral": manifest.corral, "format": manifest.format}, show
-
-
-def _origin(source: Mapping[str, str]) -> str:
-    """The checkpoint's name, and of one from the Hub its commit."""
-    name = source.get("name", "an unnamed checkpoint")
-    return f"{name}@{source['revision']}" if "revision" in source else name
 
 
 def _coverage(bundle: Bundle, _: str | None) -> View:
