@@ -6,16 +6,18 @@ Colours are the page's CSS variables, so that one picture serves light, dark and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from corral.cli.report_view import worst_answer
 from corral.validate.pareto import pareto_front
 
 if TYPE_CHECKING:
-    from corral.validate.layers import Fidelity, LayerFidelity
+    from corral.validate.layers import ExpertFidelity, Fidelity, LayerByLayer, LayerFidelity
     from corral.validate.report import CandidateResult, Report
 
 Spec = dict[str, Any]
@@ -23,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 # Beyond these lies the rounding of floats, which would fill the axes.
 LEAST_KL = 1e-5  # nats: less is drawn as this
-MOST_DECIBELS = 60.0  # more is drawn as this
+MOST_DECIBELS = 60.0  # more is drawn as this, and less than none as none
 MOST_CELLS = 16_384  # of experts' pictures all together: five builds of Maverick. More would not fit into 5 MB.
 WIDTH, HEIGHT = 340, 250  # readable without scaling where two stand side by side and, nearly, on a phone
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
@@ -42,6 +44,7 @@ CONFIG: Spec = {
     "aria": False,  # thousands of marks; the tables say the same
 }
 BUILD: Spec = {"field": "build", "type": "nominal", "sort": None}
+LINE: Spec = BUILD | {"legend": {"symbolType": "stroke", "symbolFillColor": "transparent", "symbolSize": 200}}
 # A click on the legend leaves one build and dims the others.
 CHOICE = [{"name": "chosen", "select": {"type": "point", "fields": ["build"]}, "bind": "legend"}]
 DIMMED: Spec = {"condition": {"param": "chosen", "value": 1}, "value": 0.15}
@@ -91,11 +94,11 @@ def trade_offs(report: Report) -> tuple[Picture, ...]:
 
 def _builds(report: Report) -> Rows:
     rows: Rows = []
-    for candidate, front in zip(report.candidates, three_way_front(report), strict=True):
+    for name, candidate, front in zip(_names(report), report.candidates, three_way_front(report), strict=True):
         kl = candidate.accuracy.kl
         error = kl.stderr if math.isfinite(kl.stderr) else 0.0
         row: dict[str, Any] = {
-            "build": candidate.name,
+            "build": name,
             "front": front,
             "mean": kl.mean,
             "KL": max(kl.mean, LEAST_KL),
@@ -162,45 +165,32 @@ LAYER_PARTS: Mapping[str, Callable[[LayerFidelity], Fidelity | None]] = {
 
 def layer_pictures(report: Report) -> tuple[Picture, ...]:
     """Signal-to-noise of each part over the layers, and how often the same experts are chosen; of candidates looked into."""
+    layers = [(name, layer) for name, insides in _looked_into(report) for layer in insides.layers]
     pictures = [
         _over_layers(
             title,
-            [
-                (candidate, layer, found.signal_to_noise)
-                for candidate, layer in _layers(report)
-                if (found := part(layer)) is not None
-            ],
+            [(name, layer, found.signal_to_noise) for name, layer in layers if (found := part(layer)) is not None],
             "signal-to-noise, dB",
             ".1f",
         )
         for title, part in LAYER_PARTS.items()
     ]
-    agreement = [(candidate, layer, layer.router_agreement) for candidate, layer in _layers(report)]
-    routed = [(candidate, layer, share) for candidate, layer, share in agreement if share is not None]
+    routed = [(name, layer, share) for name, layer in layers if (share := layer.router_agreement) is not None]
     pictures.append(_over_layers("Same experts chosen", routed, "share of tokens", ".1%"))
     return tuple(picture for picture in pictures if picture.spec["data"]["values"])
 
 
-def _layers(report: Report) -> Iterator[tuple[CandidateResult, LayerFidelity]]:
-    for candidate in report.candidates:
-        for layer in candidate.insides.layers if candidate.insides else ():
-            yield candidate, layer
-
-
-def _over_layers(
-    title: str, values: Sequence[tuple[CandidateResult, LayerFidelity, float]], unit: str, form: str
-) -> Picture:
+def _over_layers(title: str, values: Sequence[tuple[str, LayerFidelity, float]], unit: str, form: str) -> Picture:
     rows: Rows = [
-        {"build": candidate.name, "layer": layer.layer, "value": round(value, 4), "drawn": min(value, MOST_DECIBELS)}
-        for candidate, layer, value in values
-        if math.isfinite(value)
+        {"build": name, "layer": layer.layer, "value": _finite(value, 4), "drawn": min(max(value, 0.0), MOST_DECIBELS)}
+        for name, layer, value in values
     ]
     axis = {"format": ".0%"} if form.endswith("%") else {}
     encoding: Spec = {
         "x": {"field": "layer", "type": "quantitative", "axis": {"tickMinStep": 1, "format": "d"}},
         "y": {"field": "drawn", "type": "quantitative", "title": unit, "scale": {"zero": False}, "axis": axis},
-        "color": BUILD,
-        "strokeDash": BUILD,
+        "color": LINE,
+        "strokeDash": LINE,
         "opacity": DIMMED,
         "tooltip": [
             {"field": "build", "type": "nominal"},
@@ -214,51 +204,66 @@ def _over_layers(
 
 def expert_pictures(report: Report) -> tuple[Picture, ...]:
     """How many tokens visit each expert, and each candidate's signal-to-noise there; none where they would be too large."""
-    looked = [c for c in report.candidates if c.insides and any(layer.experts for layer in c.insides.layers)]
-    cells = sum(len(layer.experts) for _, layer in _layers(report))
-    if not looked or cells > MOST_CELLS:
+    looked = _looked_into(report)
+    cells = sum(len(layer.experts) for _, insides in looked for layer in insides.layers)
+    if not 0 < cells <= MOST_CELLS:
         return ()
-    visits: Rows = [
-        {"layer": layer.layer, "expert": e.expert, "value": e.tokens, "tokens": e.tokens}
-        for layer in looked[0].insides.layers  # type: ignore[union-attr] # the reference's choice, in every candidate alike
-        for e in layer.experts
-    ]
-    return (
-        _by_expert("Tokens that the reference sends to each expert", visits, TOKENS, "tokens", "d", strong_is_more=True),
-        *(
-            _by_expert(f"{candidate.name}: signal-to-noise of each expert", _answers(candidate), DECIBELS, "dB", ".1f")
-            for candidate in looked
-        ),
-    )
+    # The reference's choice, in every candidate alike.
+    visits = [(layer.layer, e, float(e.tokens)) for layer in looked[0][1].layers for e in layer.experts]
+    pictures = [_by_expert("Tokens that the reference sends to each expert", visits, TOKENS, "tokens", "d", False)]
+    for name, insides in looked:
+        answers = [(i.layer, e, e.answer.signal_to_noise) for i in insides.layers for e in i.experts if e.both]
+        pictures.append(_by_expert(f"{name}: signal-to-noise of each expert", answers, DECIBELS, "dB", ".1f", True))
+    return tuple(pictures)
 
 
-def _answers(candidate: CandidateResult) -> Rows:
+def _looked_into(report: Report) -> list[tuple[str, LayerByLayer]]:
+    named = zip(_names(report), report.candidates, strict=True)
+    return [(name, candidate.insides) for name, candidate in named if candidate.insides]
+
+
+def _names(report: Report) -> list[str]:
+    """What candidates are called in pictures: those of one name are counted, or they would be taken for one."""
+    names = [candidate.name for candidate in report.candidates]
     return [
-        {"layer": layer.layer, "expert": e.expert, "value": round(e.answer.signal_to_noise, 1), "tokens": e.tokens}
-        for layer in (candidate.insides.layers if candidate.insides else ())
-        for e in layer.experts
-        if e.both and math.isfinite(e.answer.signal_to_noise)
+        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)
     ]
+
+
+def _finite(value: float, digits: int) -> float | None:
+    """Rounded; None, JSON's only word for it, where nothing differs or nothing is right."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def _by_expert(
-    title: str, rows: Rows, steps: Sequence[float], unit: str, form: str, *, strong_is_more: bool = False
+    title: str,
+    values: Sequence[tuple[int, ExpertFidelity, float]],
+    steps: Sequence[int],
+    unit: str,
+    form: str,
+    less_is_worse: bool,
 ) -> Picture:
-    colours = [f"var(--heat{i})" for i in range(len(steps) + 1)]
+    bands = [f"below {steps[0]}", *(f"{low} to {high}" for low, high in pairwise(steps)), f"{steps[-1]} or more"]
+    colours = [f"var(--heat{i})" for i in range(len(bands))]
+    rows: Rows = [
+        {
+            "layer": layer,
+            "expert": e.expert,
+            "value": _finite(value, 1),
+            "tokens": e.tokens,
+            "band": bands[bisect_right(steps, value)],
+        }
+        for layer, e, value in values
+    ]
     experts = 1 + max((row["expert"] for row in rows), default=0)
     encoding: Spec = {
         "x": {"field": "layer", "type": "ordinal", "axis": {"labelAngle": 0}},
         "y": {"field": "expert", "type": "ordinal"},
         "color": {
-            "field": "value",
-            "type": "quantitative",
-            "title": unit,
-            "scale": {
-                "type": "threshold",
-                "domain": list(steps),
-                "range": colours if strong_is_more else colours[::-1],
-            },
-            "legend": {"columns": 4, "type": "symbol", "symbolType": "square", "title": unit},
+            "field": "band",
+            "type": "ordinal",
+            "scale": {"domain": bands, "range": colours[::-1] if less_is_worse else colours},
+            "legend": {"columns": 4, "symbolType": "square", "title": unit},
         },
         "tooltip": [
             {"field": "layer", "type": "ordinal"},
