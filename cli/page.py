@@ -24,6 +24,7 @@ def render_page(name: str, *, script: str | None = None, **values: Any) -> str:
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["size"] = size
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     style = page_file("page.css") + page_file(f"{name}.css")
     script = page_file(f"{name}.js") if script is None else script
     return environment.from_string(page_file(f"{name}.html")).render(

@@ -21,7 +21,6 @@ from corral.cli.page import page_file, render_page
 from corral.cli.report_pictures import (
     LEAST_KL,
     MOST_DECIBELS,
-    Picture,
     expert_pictures,
     layer_pictures,
     script,
@@ -72,9 +71,7 @@ def check_page(path: Path) -> None:
     check_place(path, "--html")
 
 
-def write_page(
-    path: Path, report: Report, candidates: Sequence[Path], command: str, failed: CheckFailed | None
-) -> str:
+def write_page(path: Path, report: Report, candidates: Sequence[Path], command: str, failed: CheckFailed | None) -> str:
     """Write the page of `report` on these candidates; returns what to say of it.
 
     `command` is what made it, `failed` what a gate said.
@@ -83,9 +80,7 @@ def write_page(
     return write_named(path, "--html", html.encode(), "complete by itself; open it in a browser")
 
 
-def report_page(
-    report: Report, recipes: Sequence[RecipeView], command: str, failed: CheckFailed | None = None
-) -> str:
+def report_page(report: Report, recipes: Sequence[RecipeView], command: str, failed: CheckFailed | None = None) -> str:
     """The page, as HTML; less than 5 MB for five builds of the largest models."""
     pictures = {"trade_offs": trade_offs(report), "layers": layer_pictures(report), "experts": expert_pictures(report)}
     every = [picture for some in pictures.values() for picture in some]

@@ -5,6 +5,7 @@ Colours are the page's CSS variables, so that one picture serves light, dark and
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -118,8 +119,9 @@ def _trade_off(title: str, rows: Rows, across: str, unit: str, sign: int) -> Pic
     rows = [{**row, "joined": on} for row, on in zip(rows, marked, strict=True)]
     x: Spec = {"field": across, "type": "quantitative", "title": unit, "scale": {"zero": False, "padding": 12}}
     y: Spec = {"field": "KL", "type": "quantitative", "title": "KL, nats a token, less is better"}
-    powers = range(math.floor(math.log10(min(r["KL low"] for r in rows))), 1 + math.ceil(math.log10(max(r["KL high"] for r in rows))))
-    y |= {"scale": {"type": "log", "padding": 12}, "axis": {"format": "~g", "values": [10.0**power for power in powers]}}
+    lowest, highest = (math.log10(value) for value in (min(r["KL low"] for r in rows), max(r["KL high"] for r in rows)))
+    powers = [10.0**power for power in range(math.floor(lowest), 1 + math.ceil(highest))]
+    y |= {"scale": {"type": "log", "padding": 12}, "axis": {"format": "~g", "values": powers}}
     thin: Spec = {"type": "rule", "color": "var(--quiet)"}
     layers: list[Spec] = [
         {
@@ -225,9 +227,7 @@ def _looked_into(report: Report) -> list[tuple[str, LayerByLayer]]:
 def _names(report: Report) -> list[str]:
     """What candidates are called in pictures: those of one name are counted, or they would be taken for one."""
     names = [candidate.name for candidate in report.candidates]
-    return [
-        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)
-    ]
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _finite(value: float, digits: int) -> float | None:
@@ -250,30 +250,34 @@ def _by_expert(
             "layer": layer,
             "expert": e.expert,
             "value": _finite(value, 1),
-            "tokens": e.tokens,
-            "band": bands[bisect_right(steps, value)],
+            "band": bisect_right(steps, value),
         }
         for layer, e, value in values
     ]
-    experts = 1 + max((row["expert"] for row in rows), default=0)
     encoding: Spec = {
-        "x": {"field": "layer", "type": "ordinal", "axis": {"labelAngle": 0}},
-        "y": {"field": "expert", "type": "ordinal"},
+        "x": {"field": "layer", "type": "ordinal", "scale": {"padding": 0}, "axis": {"labelAngle": 0}},
+        "y": {"field": "expert", "type": "ordinal", "scale": {"padding": 0}},
         "color": {
             "field": "band",
             "type": "ordinal",
-            "scale": {"domain": bands, "range": colours[::-1] if less_is_worse else colours},
-            "legend": {"columns": 4, "symbolType": "square", "title": unit},
+            "scale": {"domain": list(range(len(bands))), "range": colours[::-1] if less_is_worse else colours},
+            "legend": {
+                "columns": 4,
+                "symbolType": "square",
+                "title": unit,
+                "labelExpr": f"{json.dumps(bands)}[datum.value]",
+            },
         },
         "tooltip": [
             {"field": "layer", "type": "ordinal"},
             {"field": "expert", "type": "ordinal"},
             {"field": "value", "type": "quantitative", "title": unit, "format": form},
-            {"field": "tokens", "type": "quantitative"},
         ],
     }
-    height = min(max(12 * experts, 60), 2 * HEIGHT)
-    return _picture(title, rows, {"mark": {"type": "rect"}, "encoding": encoding, "height": height})
+    # Whole pixels: a cell's outline in digits is most of what the picture weighs.
+    layers, experts = (max(1, len({row[key] for row in rows})) for key in ("layer", "expert"))
+    steps_xy = {"width": {"step": max(4, WIDTH // layers)}, "height": {"step": max(4, min(12, HEIGHT // experts))}}
+    return _picture(title, rows, {"mark": {"type": "rect"}, "encoding": encoding, **steps_xy})
 
 
 def _picture(title: str, rows: Rows, spec: Spec) -> Picture:

@@ -84,7 +84,10 @@ def accuracy_table(report: Report) -> Table:
         (
             candidate.name,
             percent(candidate.accuracy.top5_agreement.mean, candidate.accuracy.top5_agreement.stderr),
-            *(with_error(getattr(candidate.accuracy.kl, share), None, decimals=4) for share in ("p50", "p95", "p99", "max")),
+            *(
+                with_error(getattr(candidate.accuracy.kl, share), None, decimals=4)
+                for share in ("p50", "p95", "p99", "max")
+            ),
             f"{candidate.greedy.median:g} of {candidate.greedy.tokens}",
         )
         for candidate in report.candidates

@@ -49,15 +49,23 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(
-    corral: Corral, tiny_checkpoint: Any, tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Made:
+def made(corral: Corral, tiny_checkpoint: Any, tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Five builds of a tiny checkpoint compared; the gate is one that quantized weights break."""
     directory = tmp_path_factory.mktemp("report")
     ids, page = directory / "ids.json", directory / "re port.html"
     ids.write_text(json.dumps(np.random.default_rng(5).integers(0, 256, 200).tolist()))
-    candidates = [tiny_bundle("scout", target, weights) for target, weights in BUILDS]
-    command = ["validate", tiny_checkpoint("scout"), *candidates, "--token-ids", ids, "--window", 50, "--repeats", 1]
+    candidates = [tiny_bundle("two_layers", target, weights) for target, weights in BUILDS]
+    command = [
+        "validate",
+        tiny_checkpoint("two_layers"),
+        *candidates,
+        "--token-ids",
+        ids,
+        "--window",
+        50,
+        "--repeats",
+        1,
+    ]
     command = [*map(str, command), "--inside", "--max-kl", "1e-06", "--html", str(page), "--json"]
     result = corral(*command, code=1)
     return Made(page, page.read_text(), json.loads(result.stdout), result.stderr, command, candidates)
@@ -213,7 +221,9 @@ def test_a_browser_runs_the_page_without_complaint(made: Made, tmp_path: Path, w
     assert found["drawn"] == 2 + 5 + 1 + len(BUILDS)
     assert "build" in found["said"] and "tokens/s" in found["said"]
     assert found["width"] <= width
-    subprocess.run([*chromium, f"--screenshot={shot}", made.page.as_uri()], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*chromium, f"--screenshot={shot}", made.page.as_uri()], check=True, capture_output=True, timeout=120
+    )
     assert first_pixel(shot) == ((13, 17, 23) if dark else (255, 255, 255))
 
 
@@ -242,7 +252,7 @@ def made_up(*names: str, layers: int, experts: int, decibels: float = 17.1234567
                 router=part,
                 router_agreement=0.9876543210123456,
                 feed_forward=part,
-                experts=tuple(ExpertFidelity(expert=e, tokens=123, both=120, answer=part) for e in range(experts)),
+                experts=tuple(ExpertFidelity(expert=e, tokens=1234, both=1201, answer=part) for e in range(experts)),
                 after=part,
             )
             for layer in range(layers)

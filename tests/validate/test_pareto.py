@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corral.validate.pareto import pareto_front
 
 # Few values, so that ties are common.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a machine that is busy
 POINTS = st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=12)
 
 
@@ -27,6 +28,7 @@ def test_what_was_not_measured_beats_nothing() -> None:
     assert pareto_front([]) == ()
 
 
+@unhurried
 @given(POINTS)
 def test_on_the_front_is_what_nobody_beats_and_off_it_what_the_front_beats(points: list[tuple[int, int, int]]) -> None:
     front = pareto_front(points)
@@ -36,6 +38,7 @@ def test_on_the_front_is_what_nobody_beats_and_off_it_what_the_front_beats(point
         assert bool(beaten) != is_on
 
 
+@unhurried
 @given(POINTS)
 def test_the_order_of_points_and_the_unit_of_a_cost_do_not_matter(points: list[tuple[int, int, int]]) -> None:
     front = dict(zip(points, pareto_front(points), strict=True))
