@@ -55,6 +55,12 @@ def summary(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def origin(manifest: Manifest) -> str:
+    """The checkpoint's name, and of one from the Hub its commit."""
+    name = manifest.source.get("name", "an unnamed checkpoint")
+    return f"{name}@{manifest.source['revision']}" if "revision" in manifest.source else name
+
+
 def calibration_lines(manifest: Manifest) -> list[str]:
     """What the weights were calibrated on, and which experts were quantized without; nothing where none were calibrated."""
     record = manifest.calibration

@@ -1,22 +1,16 @@
-"""Engines as one HTML file: no network, nothing beside it, and every word of it readable where scripts do not run.
-
-The page is made here, by a template that escapes what it is given; its script only filters what is there already. A
-content security policy in the page keeps names from a hostile file from becoming anything else.
-"""
+"""Engines as a page: every kernel in order, layer by layer. Its script only filters what is there already."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from corral.cli.engine_report import EngineReport, ProfileReport, Sidecars
 from corral.cli.formats import TIMES, counted, size
+from corral.cli.page import render_page
 from corral.spec.gpus import GPUS
 
 if TYPE_CHECKING:
@@ -72,16 +66,8 @@ class ProfilePage:
 
 def engine_page(bundle: Bundle, sidecars: Sidecars) -> str:
     """The page of these engines of a bundle."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    files = resources.files(__package__)
-    style, script, source = (
-        (files / f"engine_page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html")
-    )
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["size"] = size
-    return environment.from_string(source).render(
+    return render_page(
+        "engine_page",
         title=bundle.directory.resolve().name,
         manifest=bundle.manifest,
         engines={path: (engine, [_profile(p) for p in engine.profiles]) for path, engine in sidecars.reports.items()},
@@ -91,14 +77,7 @@ def engine_page(bundle: Bundle, sidecars: Sidecars) -> str:
         counted=counted,
         written=_written,
         data=sidecars.json,
-        style=Markup(style),
-        script=Markup(script),
-        policy=f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'",
     )
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _profile(report: ProfileReport) -> ProfilePage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,31 +86,19 @@ def command(
 def _write_page(bundle: Bundle, name: str | None, page: Path) -> None:
     from corral.cli.engine_page import engine_page
     from corral.cli.engine_report import read_sidecars
+    from corral.cli.written_file import write_named
 
     html = engine_page(bundle, read_sidecars(bundle, name)).encode()
-    _write(page, "--html", html, "complete by itself; open it in a browser")
+    click.echo(write_named(page, "--html", html, "complete by itself; open it in a browser"))
 
 
 def _write_inputs(bundle: Bundle, file: Path) -> None:
+    from corral.cli.written_file import write_named
     from corral.validate.polygraphy_inputs import polygraphy_file
 
     graph = bundle.path(bundle.manifest.graphs[0].path)
-    _write(file, "--inputs", polygraphy_file(bundle), f"for `polygraphy run {graph} --onnxrt --load-inputs {file}`")
-
-
-def _write(path: Path, option: str, data: bytes, use: str) -> None:
-    from corral.cli.formats import size
-    from corral.graphs.out_directory import write_file
-    from corral.spec.errors import EnvironmentProblem, InputError
-
-    if path.is_dir() or not path.parent.is_dir():
-        found = "is a directory" if path.is_dir() else "lies in no such directory"
-        raise InputError(f"{option} {path} {found}, expected the name of a file in a directory that is there.")
-    try:
-        write_file(path.parent, path.name, data)
-    except OSError as error:
-        raise EnvironmentProblem(f"{path} cannot be written: {error}. Choose another {option}.") from None
-    click.echo(f"{path}: {size(len(data))}, {use}")
+    use = f"for `polygraphy run {graph} --onnxrt --load-inputs {file}`"
+    click.echo(write_named(file, "--inputs", polygraphy_file(bundle), use))
 
 
 # What a view is: its JSON, and a function that prints it for a person.
@@ -118,7 +106,7 @@ View = tuple[Any, Callable[[], None]]
 
 
 def _summary(bundle: Bundle, _: str | None) -> View:
-    from corral.cli.bundle_view import calibration_lines, coverage_table, next_command, summary
+    from corral.cli.bundle_view import calibration_lines, coverage_table, next_command, origin, summary
     from corral.cli.formats import counted, size
     from corral.cli.tables import print_table
 
@@ -146,7 +134,7 @@ def _summary(bundle: Bundle, _: str | None) -> View:
         "tokenizer": manifest.tokenizer or "none: token ids only",
         "chat": manifest.chat_template or "no chat template",
         "needs": ", ".join(f"{package} {least} or newer" for package, least in manifest.requires.items()),
-        "made by": f"corral {manifest.corral} from {_origin(manifest.source)}",
+        "made by": f"corral {manifest.corral} from {origin(manifest)}",
     }
 
     def show() -> None:
@@ -162,12 +150,6 @@ def _summary(bundle: Bundle, _: str | None) -> View:
     more = {"model": model.to_json(), "kv": [dataclasses.asdict(kv) for kv in manifest.kv]}
     rest = {"tokenizer": manifest.tokenizer, "requires": manifest.requires, "source": manifest.source}
     return {**summary(bundle), **more, **rest, "corral": manifest.corral, "format": manifest.format}, show
-
-
-def _origin(source: Mapping[str, str]) -> str:
-    """The checkpoint's name, and of one from the Hub its commit."""
-    name = source.get("name", "an unnamed checkpoint")
-    return f"{name}@{source['revision']}" if "revision" in source else name
 
 
 def _coverage(bundle: Bundle, _: str | None) -> View:

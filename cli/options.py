@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES
 from corral.spec.recipe import METHODS, Recipe, read_recipe
@@ -25,6 +27,19 @@ jobs_option = click.option("--jobs", type=int, help="Processes that compute weig
 ray_option = click.option("--ray", metavar="HOST:PORT", help="Compute weights on this Ray cluster, not here.")
 provider_option = click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime execution provider.")
 threads_option = click.option("--threads", type=int, help="CPU threads.  [default: one a physical core]")
+
+
+def command_line(context: click.Context) -> str:
+    """The command that is running as a shell takes it: arguments, and the options that somebody gave."""
+    words = [*context.command_path.split()]
+    for parameter in context.command.params:
+        if context.get_parameter_source(parameter.name or "") is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[parameter.name or ""]
+        for one in value if parameter.multiple or parameter.nargs != 1 else (value,):
+            words += [parameter.opts[-1]] if isinstance(parameter, click.Option) else []
+            words += [] if one is True else [str(one)]
+    return shlex.join(words)
 
 
 def part_of(checkpoint: Path, layers: str | None) -> Path:

@@ -12,7 +12,7 @@ from corral.cli.tables import Table, print_table
 
 if TYPE_CHECKING:
     from corral.validate.latency import Latency
-    from corral.validate.layers import Fidelity
+    from corral.validate.layers import Fidelity, LayerByLayer, LayerFidelity
     from corral.validate.report import CandidateResult, ReferenceResult, Report
     from corral.validate.statistics import Quantile
 
@@ -20,6 +20,9 @@ COLUMNS = ("build", "size>", "KL, nats>", "same top-1>", "perplexity>", "tokens/
 LAYER_COLUMNS = (
     "layer", "attention>", "feed-forward>", "worst expert>", "after>", "same experts>", "experts visited>",
 )  # fmt: skip
+ACCURACY_COLUMNS = ("build", "same top-5>", "KL, p50>", "p95>", "p99>", "largest>", "greedy text alike>")
+EXPERT_COLUMNS = ("layer", "expert>", "tokens>", "signal-to-noise, dB>", "gain>")
+NOISIEST = 8  # experts that are listed
 
 
 def report_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
@@ -52,15 +55,8 @@ def report_table(report: Report, names: Mapping[str, str] | None = None) -> Tabl
 
 def show_report(report: Report, names: Mapping[str, str] | None = None) -> None:
     """Print the table, and under it how it was measured."""
-    measured = report.measured
     print_table(report_table(report, names))
-    click.echo(
-        f"\n   {measured.predictions:,} predictions in {measured.windows} windows of {measured.window} tokens; ± is one "
-        "standard error, by windows.\n"
-        f"   Speed: median (lowest{DASH}highest) of {measured.repeats} runs, {measured.prompt_tokens} tokens in, "
-        f"{measured.decode_tokens} out, batch 1, {measured.provider}, "
-        f"{measured.threads} thread{'s' if measured.threads > 1 else ''}."
-    )
+    click.echo("\n   " + "\n   ".join(how_measured(report)))
     greedy = [f"{c.name} {c.greedy.median:g}" for c in report.candidates]
     tokens = report.candidates[0].greedy.tokens if report.candidates else 0
     click.echo(
@@ -68,6 +64,35 @@ def show_report(report: Report, names: Mapping[str, str] | None = None) -> None:
     )
     print_table(latency_table(report, names))
     _show_insides(report)
+
+
+def how_measured(report: Report) -> tuple[str, str]:
+    """What was scored, and what was timed."""
+    measured = report.measured
+    return (
+        f"{measured.predictions:,} predictions in {measured.windows} windows of {measured.window} tokens; ± is one "
+        "standard error, by windows.",
+        f"Speed: median (lowest{DASH}highest) of {measured.repeats} runs, {measured.prompt_tokens} tokens in, "
+        f"{measured.decode_tokens} out, batch 1, {measured.provider}, "
+        f"{measured.threads} thread{'s' if measured.threads > 1 else ''}.",
+    )
+
+
+def accuracy_table(report: Report) -> Table:
+    """One row a candidate: what the first table leaves out."""
+    rows = [
+        (
+            candidate.name,
+            percent(candidate.accuracy.top5_agreement.mean, candidate.accuracy.top5_agreement.stderr),
+            *(
+                with_error(getattr(candidate.accuracy.kl, share), None, decimals=4)
+                for share in ("p50", "p95", "p99", "max")
+            ),
+            f"{candidate.greedy.median:g} of {candidate.greedy.tokens}",
+        )
+        for candidate in report.candidates
+    ]
+    return Table(columns=ACCURACY_COLUMNS, rows=rows)
 
 
 def latency_table(report: Report, names: Mapping[str, str] | None = None) -> Table:
@@ -101,7 +126,7 @@ def layers_table(candidate: CandidateResult) -> Table:
             str(layer.layer),
             _decibels(layer.attention),
             _decibels(layer.feed_forward),
-            _decibels(min((e.answer for e in layer.experts if e.both), key=lambda a: a.signal_to_noise, default=None)),
+            _decibels(worst_answer(layer)),
             _decibels(layer.after),
             UNKNOWN if layer.router_agreement is None else percent(layer.router_agreement),
             UNKNOWN if layer.expert_coverage is None else percent(layer.expert_coverage),
@@ -109,6 +134,26 @@ def layers_table(candidate: CandidateResult) -> Table:
         for layer in insides.layers
     ]
     return Table(columns=LAYER_COLUMNS, rows=rows)
+
+
+def worst_answer(layer: LayerFidelity) -> Fidelity | None:
+    """Of the expert whose answers are furthest off, among those that both builds send tokens to."""
+    return min((e.answer for e in layer.experts if e.both), key=lambda a: a.signal_to_noise, default=None)
+
+
+def experts_table(insides: LayerByLayer) -> Table:
+    """The experts whose answers are furthest off, the worst first."""
+    found = [(layer.layer, expert) for layer in insides.layers for expert in layer.experts if expert.both]
+    rows = [
+        (str(layer), str(e.expert), f"{e.tokens:,}", _decibels(e.answer), f"{e.answer.gain:.3f}")
+        for layer, e in sorted(found, key=lambda pair: pair[1].answer.signal_to_noise)[:NOISIEST]
+    ]
+    return Table(columns=EXPERT_COLUMNS, rows=rows)
+
+
+def verdict_words(candidate: CandidateResult) -> str:
+    """What is broken of a candidate that was looked into."""
+    return f"broken: {candidate.verdict}" if candidate.verdict else "nothing is broken"
 
 
 def _show_insides(report: Report) -> None:
@@ -119,7 +164,7 @@ def _show_insides(report: Report) -> None:
             f"\n   {candidate.name}, layer by layer: signal-to-noise in dB, on {candidate.insides.tokens:,} tokens"
         )
         print_table(layers_table(candidate))
-        click.echo(f"   broken: {candidate.verdict}" if candidate.verdict else "   nothing is broken")
+        click.echo(f"   {verdict_words(candidate)}")
 
 
 def _decibels(fidelity: Fidelity | None) -> str:

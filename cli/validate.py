@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from corral.cli.options import json_option, provider_option, threads_option
-from corral.spec.errors import InputError
+from corral.cli.options import command_line, json_option, provider_option, threads_option
+from corral.spec.errors import CheckFailed, InputError
 
 path_type = click.Path(path_type=Path)
 
@@ -28,6 +28,12 @@ path_type = click.Path(path_type=Path)
 @click.option("--max-kl", type=float, help="Gate: mean KL divergence, nats a token.")
 @click.option("--min-top1", type=float, help="Gate: share of tokens with the same top-1, 0 to 1.")
 @click.option("--max-perplexity-ratio", type=float, help="Gate: perplexity over the reference's.")
+@click.option(
+    "--html",
+    "page",
+    type=path_type,
+    help="Also write it as a page to this file: with pictures and recipes, complete by itself.",
+)
 @provider_option
 @threads_option
 @json_option
@@ -40,6 +46,7 @@ def command(
     window: int,
     repeats: int,
     inside: bool,
+    page: Path | None,
     provider: str,
     threads: int | None,
     as_json: bool,
@@ -49,6 +56,10 @@ def command(
 
     A broken gate ends with exit code 1.
     """
+    if page is not None:
+        from corral.cli.report_page import check_page
+
+        check_page(page)  # before hours of work
     if bool(texts) == (token_ids is not None):
         got = "both" if texts else "neither"
         raise InputError(f"expected --text FILE or --token-ids FILE, got {got}. Give one of them.")
@@ -77,4 +88,15 @@ def command(
         print_json(report.to_json())
     else:
         show_report(report)
-    check_gates(report, gates)
+    try:
+        check_gates(report, gates)
+        failed = None
+    except CheckFailed as error:
+        failed = error
+    if page is not None:
+        from corral.cli.report_page import write_page
+
+        written = write_page(page, report, candidates, command_line(click.get_current_context()), failed)
+        click.echo(f"   {written}", err=as_json)
+    if failed is not None:
+        raise failed
