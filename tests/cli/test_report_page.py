@@ -173,6 +173,19 @@ def test_builds_that_equal_the_reference_are_drawn() -> None:
         assert "NaN" not in picture.svg
 
 
+def test_dense_models_and_checkpoints_have_what_can_be_said_of_them(parsed: Parsed, tiny_checkpoint: Any) -> None:
+    """No experts; no speed, no recipe."""
+    from corral.cli.report_page import recipe_view, report_page
+
+    report = made_up("dense", layers=2, experts=0)
+    untimed = dataclasses.replace(report.candidates[0], latency=None)
+    page = report_page(dataclasses.replace(report, candidates=(untimed,)), [recipe_view(tiny_checkpoint("guard"))], "")
+    said = parsed(page).text
+    assert "Layer by layer" in said and "Expert by expert" not in said
+    assert "Accuracy against size" in said and "Accuracy against speed" not in said
+    assert "No bundle, so no recipe" in said
+
+
 def test_a_missing_library_is_named_before_anything_is_measured(
     corral: Corral, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
