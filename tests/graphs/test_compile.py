@@ -34,7 +34,7 @@ def test_compiling_twice_gives_the_same_bytes(
     tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, tmp_path: Path, target: str
 ) -> None:
     first = tiny_bundle("scout", target, "int4")
-    compile(tiny_checkpoint("scout"), tmp_path / "again", Recipe(target=target, weights="int4", group_size=32))
+    compile(tiny_checkpoint("scout"), tmp_path / "again", open_bundle(first).manifest.recipe)
     assert digests(first) == digests(tmp_path / "again")
     assert (first / "manifest.json").read_bytes() == (tmp_path / "again" / "manifest.json").read_bytes()
 
