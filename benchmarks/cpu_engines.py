@@ -153,15 +153,9 @@ def main() -> None:
     sys.stdout = sys.stderr  # nothing that a library prints may come between the answers
     if engine == "corral":
         import onnxruntime  # noqa: F401  # what it takes by itself is not the model's
-    imported, started = anonymous_bytes(), time.perf_counter()
+    imported = anonymous_bytes()
     opened: Engine = ENGINES[engine](model, int(threads), *peer)
-    print(
-        json.dumps(
-            {"seconds": time.perf_counter() - started, "imported": imported, "opened": anonymous_bytes()},
-        ),
-        file=out,
-        flush=True,
-    )
+    print(json.dumps({"imported": imported, "opened": anonymous_bytes()}), file=out, flush=True)
     rng = np.random.default_rng(0)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -15,19 +15,25 @@ from corral.cli.formats import size
 
 
 def render_page(name: str, *, script: str | None = None, **values: Any) -> str:
-    """The page of the template `name`.html with `values`, in the style of page.css and `name`.css.
+    """The page of the template `name`.html, which extends page.html, with `values`, in the style of page.css and `name`.css.
 
     `script` is what runs in it, by default `name`.js.
     """
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FunctionLoader(page_file),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     environment.filters["size"] = size
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     style = page_file("page.css") + page_file(f"{name}.css")
     script = page_file(f"{name}.js") if script is None else script
-    return environment.from_string(page_file(f"{name}.html")).render(
+    return environment.get_template(f"{name}.html").render(
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'",

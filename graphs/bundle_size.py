@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from corral.graphs.execute.shards import shard_sizes
-from corral.graphs.graph_file import graph_bytes
+from corral.graphs.graph_file import graph_bytes, plan_bytes
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.split_stages import place_weights, split_stages
 from corral.model.checkpoint.checkpoint import Checkpoint
@@ -17,6 +15,5 @@ def bundle_bytes(work: ModelAndPlan, checkpoint: Checkpoint) -> int:
     placements = place_weights(work, graphs)
     weights = sum(shard_sizes(placements).values())
     structure = sum(len(graph_bytes(graph.model, work.plan, placements)) for graph in graphs)
-    plan = len(json.dumps(work.plan.to_json(), separators=(",", ":")))
     tokenizer, template = checkpoint.tokenizer() or b"", checkpoint.chat_template() or ""
-    return weights + structure + plan + len(tokenizer) + len(template.encode())
+    return weights + structure + len(plan_bytes(work.plan)) + len(tokenizer) + len(template.encode())

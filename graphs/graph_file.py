@@ -1,7 +1,8 @@
-"""A lowered graph and its plan -> the bytes of an ONNX file whose weights lie in shards beside it."""
+"""A lowered graph and its plan -> the bytes of an ONNX file whose weights lie in shards beside it, and of the plan's own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -38,3 +39,8 @@ def graph_bytes(model: ir.Model, plan: WeightPlan, placements: Mapping[str, Plac
     finally:
         for name, tensor in planned.items():
             model.graph.initializers[name].const_value = tensor
+
+
+def plan_bytes(plan: WeightPlan) -> bytes:
+    """The plan as JSON. The same input, the same bytes."""
+    return json.dumps(plan.to_json(), separators=(",", ":")).encode()

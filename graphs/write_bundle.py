@@ -6,7 +6,6 @@ Every file is written under a temporary name, synced and renamed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from corral.graphs.execute.execution import Execution
 from corral.graphs.execute.job import plan_jobs
 from corral.graphs.execute.journal import compile_key
 from corral.graphs.execute.shards import Shards, shard_name, shard_sizes
-from corral.graphs.graph_file import graph_bytes
+from corral.graphs.graph_file import graph_bytes, plan_bytes
 from corral.graphs.hash_files import hash_files
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.out_directory import (
@@ -79,7 +78,7 @@ def write_bundle(
         names = execute(jobs, shards, checkpoint.read_piece, journal, how, progress, known)
         for graph in graphs:
             names.append(write_file(out, graph.path, graph_bytes(graph.model, work.plan, placements)))
-        names.append(write_file(out, PLAN_FILE, json.dumps(work.plan.to_json(), separators=(",", ":")).encode()))
+        names.append(write_file(out, PLAN_FILE, plan_bytes(work.plan)))
         tokenizer, template = checkpoint.tokenizer(), checkpoint.chat_template()
         if tokenizer is not None:
             names.append(write_file(out, TOKENIZER_FILE, tokenizer))
