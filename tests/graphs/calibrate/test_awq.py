@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from corral.graphs.calibrate.calibration_text import read_calibration_text
-from corral.graphs.calibrate.gather import gather, pieces_of
+from corral.graphs.calibrate.gather import gather
 from corral.graphs.calibrate.input_scales import search_input_scales
 from corral.graphs.calibrate.input_sums import InputSums
 from corral.graphs.calibrate.statistics import Statistics, statistics_of
+from corral.graphs.calibrate.streamed_model import pieces_of
 from corral.graphs.quantize.awq import awq, group_blocks, input_scales, rescale
 from corral.graphs.quantize.rtn import rtn
 from corral.graphs.quantize.rtn_mse import decode
