@@ -79,6 +79,14 @@ def test_gptq_beats_rounding_on_what_comes_out(seed: int, act_order: bool) -> No
     assert ours < 0.8 * output_error(weight, plain, x)
 
 
+def test_inputs_do_as_well_as_their_products() -> None:
+    weight, x, hessian = problem(5)
+    how = {"bits": BITS, "group_size": GROUP, "min_tokens": 1}
+    rows = gptq(weight, **how, statistics={"rows": x, "tokens": np.array([len(x)])})  # type: ignore[arg-type]
+    products = gptq(weight, **how, statistics=seen(x.T @ x))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(rows["codes"], products["codes"])
+
+
 def textbook(weight: np.ndarray, scales: np.ndarray, hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Optimal Brain Quantization with a fixed order, as it is derived: after each column the inverse of what is left.
 
