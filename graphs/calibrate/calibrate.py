@@ -91,7 +91,9 @@ def statistics_bytes(config: ModelConfig, tokens: int, products: Products) -> in
         dense = config.intermediate_size if layer.moe else config.intermediate_size_mlp
         numbers += attention + kept(config.hidden_size) + kept(dense)
         if layer.moe:
-            numbers += sum(kept(size, config.num_local_experts) for size in (config.hidden_size, config.intermediate_size))
+            numbers += sum(
+                kept(size, config.num_local_experts) for size in (config.hidden_size, config.intermediate_size)
+            )
     return 4 * numbers
 
 

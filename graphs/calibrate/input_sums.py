@@ -53,8 +53,8 @@ class InputSums:
             blocks.baddbmm_(parts.transpose(1, 2), parts)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """As stored: "tokens" int64 [1], "magnitude" and "largest" float32 [n], and one of "rows" [tokens, n], "hessian" [n, n] and
-        "blocks" [n / b, b, b], or none."""
+        """As stored: "tokens" int64 [1], "magnitude" and "largest" float32 [n], and at most one of "rows" [tokens, n],
+        "hessian" [n, n] and "blocks" [n / b, b, b]."""
         return {
             "tokens": np.array([self.tokens]),
             "magnitude": self.magnitude.numpy(),

@@ -102,7 +102,9 @@ def test_few_inputs_are_kept_as_they_are_and_many_as_their_products(counts: list
 
 @pytest.mark.parametrize("form", ["scout", "maverick", "topk2"])
 @pytest.mark.parametrize("tokens", [512, 4096])
-def test_no_more_disk_is_used_than_is_asked_for(tiny_checkpoint: Checkpoint, tmp_path: Path, form: str, tokens: int) -> None:
+def test_no_more_disk_is_used_than_is_asked_for(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, form: str, tokens: int
+) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint(form))
     ids = np.random.default_rng(4).integers(0, 256, (tokens // 64, 64))
     gather(checkpoint, ids, statistics_of(checkpoint, tmp_path, "k"), products="whole")
