@@ -9,6 +9,7 @@
 #include "buffer.h"
 #include "dispatch.h"
 #include "feed_forward.h"
+#include "read_ahead.h"
 #include "route.h"
 #include "tokens.h"
 
@@ -52,6 +53,7 @@ class Int4Experts {
 
   void some(const ort::Workers& workers, const float* x, const float* logits, int64_t tokens, float* y) const {
     const std::vector<Visit> visits = route(logits, tokens, experts(), k_);
+    read_ahead_chosen(visits);
     if (k_ == 1) return feed_forward(kernels_, workers, weights_, x, visits, y);
     const int64_t hidden = weights_.hidden();
     Buffer<float> answers(tokens * k_ * hidden);
@@ -62,6 +64,16 @@ class Int4Experts {
         for (int64_t choice = 0; choice < k_; choice++) sum += answers[(token * k_ + choice) * hidden + i];
         y[token * hidden + i] = sum;
       }
+    }
+  }
+
+  void read_ahead_chosen(const std::vector<Visit>& visits) const {
+    int64_t last = -1;
+    for (const Visit& visit : visits) {
+      if (visit.expert == last) continue;
+      last = visit.expert;
+      read_ahead(weights_.gate_up, last);
+      read_ahead(weights_.down, last);
     }
   }
 
