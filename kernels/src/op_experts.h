@@ -1,7 +1,8 @@
-// Int4Experts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales; k) -> y [..., H]
+// TiledExperts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales; k, gate_up_bits, down_bits)
+//   -> y [..., H]
 //
 // The routed experts as corral::MoE defines them: the sum over a token's k largest logits of expert(sigmoid(logit) x).
-// Weights as in Int4FeedForward, with a leading axis of E experts.
+// Weights as in TiledFeedForward, with a leading axis of E experts.
 #pragma once
 
 #include <algorithm>
@@ -15,13 +16,13 @@
 
 namespace corral {
 
-class Int4Experts {
+class TiledExperts {
  public:
-  static constexpr const char* kName = "Int4Experts";
+  static constexpr const char* kName = "TiledExperts";
   static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,
                                                  ort::kFloat16, ort::kUint8, ort::kFloat16};
 
-  Int4Experts(const ort::Api& api, const ort::KernelInfo* info)
+  TiledExperts(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(*choose_instruction_set().kernels),
         weights_(read_feed_forward(api, info, 2, 3)),
         k_(api.attribute(info, "k")) {
