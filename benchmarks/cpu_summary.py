@@ -103,7 +103,12 @@ def picture(results: Mapping[str, Result]) -> str:
         if test in result["ratio"]
     ]
     axis = {"title": "tokens/s, times llama.cpp's", "values": [0.5, 1, 1.5, 2, 3, 4]}
-    x = {"field": "ratio", "type": "quantitative", "scale": {"type": "log", "domain": [0.5, 5], "nice": False}, "axis": axis}
+    x = {
+        "field": "ratio",
+        "type": "quantitative",
+        "scale": {"type": "log", "domain": [0.5, 5], "nice": False},
+        "axis": axis,
+    }
     y = {"field": "test", "type": "nominal", "sort": list(TESTS.values()), "title": None}
     legend = {"title": None, "orient": "bottom"}
     by_shape = {"field": "shape", "type": "nominal", "sort": None, "legend": legend}
