@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,13 @@ from corral.validate.published import BENCHMARKS, lacking, published_score
 
 pytest.importorskip("lm_eval", reason="needs the extra tasks")
 
+import lm_eval.tasks
+
 from corral.validate.lm_eval_model import BundleLM
 from corral.validate.tasks import Tasks, run_tasks
 
 TinyCheckpoint = Callable[[str], Path]
 TinyBundle = Callable[[str, str, str], Path]
-BOS = 256  # of the tiny tokenizer, whose other ids are bytes
 QUESTIONS = ("def f(", "import ", "x = ", "for i in ", "while ", "return", "class A", "# ")
 CHOICES = ("a", "b", "cd", "(self)")
 
@@ -38,6 +40,12 @@ def asked(*arguments: Any) -> Any:
 @pytest.fixture(scope="module")
 def llm(tiny_bundle: TinyBundle) -> LLM:
     return LLM(tiny_bundle("scout", "cpu", "fp32"), threads=1)
+
+
+def ids_of(llm: LLM, text: str) -> list[int]:
+    """A beginning-of-text and a token a byte: the tiny tokenizer merges nothing."""
+    assert llm.tokenizer is not None and llm.config.bos_token_id is not None
+    return [llm.config.bos_token_id, *llm.tokenizer.encode(text, add_special_tokens=False)]
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +71,17 @@ def test_probabilities_are_the_models(
     for (question, choice), answer in zip(pairs, found, strict=True):
         # A space at the end of a question belongs to the answer.
         count = len(choice) + len(question) - len(question.rstrip())
-        want = log_probability([llm.config.bos_token_id or 0, *(question + choice).encode()], count)
+        want = log_probability(ids_of(llm, question + choice), count)
         assert answer == (pytest.approx(want[0], abs=1e-4), want[1]), (question, choice)
 
 
 def test_the_likeliest_answer_is_told(llm: LLM) -> None:
-    [text] = llm.generate(["def f("], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
-    token = text.token_ids[0]
-    [(_, greedy)] = BundleLM(llm)._loglikelihood_tokens([(("", ""), [BOS, *b"def f("], [token])])
-    [(_, other)] = BundleLM(llm)._loglikelihood_tokens([(("", ""), [BOS, *b"def f("], [(token + 1) % 256])])
-    assert greedy and not other
+    ids = ids_of(llm, "def f(")
+    [text] = llm.generate([ids], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    first, second = text.token_ids
+    answers = [[first], [first, second], [first + 1, second], [first, second + 1]]
+    found = BundleLM(llm)._loglikelihood_tokens([(("", ""), ids, answer) for answer in answers])
+    assert [greedy for _, greedy in found] == [True, True, False, False]
 
 
 def test_what_was_read_is_not_read_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +100,7 @@ def test_a_long_text_is_scored_window_by_window(
     """Each token once, the last window with as much before it as the context holds."""
     small = LLM(tiny_bundle("scout", "cpu", "fp32"), threads=1, max_context=24)
     text = "".join(chr(97 + i % 23) for i in range(60))
-    ids = [small.config.bos_token_id or 0, *text.encode()]
+    ids = ids_of(small, text)
     want = sum(
         log_probability(ids[start:stop], count)[0] for start, stop, count in ((0, 25, 24), (24, 49, 24), (36, 61, 12))
     )
@@ -99,17 +108,17 @@ def test_a_long_text_is_scored_window_by_window(
 
 
 def test_text_ends_where_the_task_says(llm: LLM) -> None:
-    params = SamplingParams(max_tokens=12, temperature=0.0)
-    [whole] = [completion.text for completion in llm.generate(["def f("], params)]
-    assert len(whole) > 4
-    options = {"until": [whole[3]], "max_gen_toks": 12}
-    long = "x" * (2 * llm.max_context if llm.max_context < 10_000 else 0)
-    model = BundleLM(llm)
-    assert (
-        model.generate_until([asked("def f(", options), asked(long + "def f(", {"max_gen_toks": 12})])[0]
-        == (whole[: whole.index(whole[3])])
-    )
-    assert model.generate_until([asked("def f(", {"max_gen_toks": 12})]) == [whole]
+    params = SamplingParams(max_tokens=32, temperature=0.0)
+    [whole] = [completion.text for completion in llm.generate([ids_of(llm, "def f(")], params)]
+    stop = next(letter for letter in whole[1:] if letter.isascii())
+    model, options = BundleLM(llm), {"until": [], "max_gen_toks": 32}
+    assert model.generate_until([asked("def f(", options), asked("def f(", options | {"until": stop})]) == [
+        whole,
+        whole[: whole.index(stop)],
+    ]
+    small = LLM(llm.bundle, threads=1, max_context=40)  # and what does not fit before the answer is cut off
+    cut = small.generate([ids_of(llm, "x" * 99)[-8:]], params)[0].text
+    assert BundleLM(small).generate_until([asked("x" * 99, options)]) == [cut]
 
 
 def test_a_conversation_is_the_chat_templates(llm: LLM) -> None:
@@ -148,11 +157,10 @@ def test_a_local_task_from_end_to_end(
     llm: LLM,
 ) -> None:
     """Of eight questions, five are given the answer that the PyTorch model finds likeliest: five are right."""
-    bos = llm.config.bos_token_id or 0
     answers = []
     for i, question in enumerate(QUESTIONS):
         sums = [
-            log_probability([bos, *(question + choice).encode()], len(choice) + question.endswith(" "))[0]
+            log_probability(ids_of(llm, question + choice), len(choice) + question.endswith(" "))[0]
             for choice in CHOICES
         ]
         likeliest = sums.index(max(sums))
@@ -173,17 +181,21 @@ def test_a_task_that_cannot_be_loaded_is_told(task: Callable[[list[int]], Path])
         Tasks([str(path)])
 
 
-def test_the_herds_tasks_are_lm_evals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its own list, and without fetching anything; a name that is not among them is told with those near it."""
+def test_the_herds_tasks_are_lm_evals() -> None:
+    """By its files: listing them all takes it a while."""
+    folders = ("mmlu_pro", "gpqa", "hendrycks_math", "openai-mmmlu/default", "mmlu/default", "gsm8k")
+    files = [path for folder in folders for path in (Path(lm_eval.tasks.__file__).parent / folder).rglob("*.yaml")]
+    names = set(re.findall(r"^(?:task|group): (\S+)$", "\n".join(path.read_text() for path in files), re.M))
+    herd = {benchmark.task for benchmark in BENCHMARKS if benchmark.task}
+    assert len(herd) == 6 and herd <= names
+
+
+def test_names_are_looked_up_and_unknown_ones_told_with_those_near_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dict.fromkeys(["gsm8k", "mmlu", *(benchmark.task for benchmark in BENCHMARKS)])
+    manager = SimpleNamespace(task_index=known, all_tasks=list(known))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: manager)
     monkeypatch.setattr(Tasks, "_load", lambda self, name: [name])
-    assert Tasks(["llama4", "mmlu"]).names == [
-        "mmlu_pro",
-        "gpqa_diamond_cot_zeroshot",
-        "hendrycks_math500",
-        "mmmlu",
-        "mmlu",
-        "gsm8k",
-    ]
+    assert Tasks(["mmlu", "llama4"]).names[:3] == ["mmlu", "mmlu_pro", "gpqa_diamond_cot_zeroshot"]
     with pytest.raises(InputError, match=r'"gsm8l" is no task of lm-eval .* such as gsm8k'):
         Tasks(["gsm8l"])
 
