@@ -55,8 +55,9 @@ class BundleLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Token ids; by default with one beginning-of-text in front, where the model has that token."""
         ids, bos = self._encoder.encode(string, add_special_tokens=False), self._llm.config.bos_token_id
-        begins = bos is None or ids[:1] == [bos] or add_special_tokens is False
-        return ids if begins else [bos, *ids]
+        if bos is None or ids[:1] == [bos] or add_special_tokens is False:
+            return ids
+        return [bos, *ids]
 
     def apply_chat_template(self, chat_history: Sequence[Any], add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the bundle's chat template makes of it."""

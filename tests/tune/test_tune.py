@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corral.exporter.export import export
+from corral.exporter.export import Exported, export
 from corral.graphs import compile
 from corral.graphs.bundle_size import bundle_bytes
 from corral.graphs.calibrate.gather import gather
 from corral.graphs.calibrate.statistics import statistics_of
 from corral.graphs.compiler import lower
-from corral.model.checkpoint import open_checkpoint
+from corral.model.checkpoint import Checkpoint, open_checkpoint
 from corral.spec.bundle import open_bundle
 from corral.spec.errors import InputError
 from corral.spec.recipe import Recipe
@@ -84,7 +84,12 @@ def test_choices_share_one_captured_graph(tiny_checkpoint: TinyCheckpoint, monke
     parts = parts_of(checkpoint.config, checkpoint.names)
     int4, int8 = (dict.fromkeys(parts, dataclasses.replace(INT4, weights=weights)) for weights in ("int4", "int8"))
     captures = []
-    monkeypatch.setattr(sizes_module, "export", lambda one: captures.append(one) or export(one))
+
+    def count(one: Checkpoint) -> Exported:
+        captures.append(one)
+        return export(one)
+
+    monkeypatch.setattr(sizes_module, "export", count)
     sizes = Sizes(checkpoint, FEW)
     small, large, again = (sizes.bundle(chosen) for chosen in (int4, int8, int4))
     assert len(captures) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,11 +68,12 @@ def test_probabilities_are_the_models(
     """In any order, for answers of one token and of several, and where nothing or a space stands before them."""
     pairs = [(question, choice) for choice in CHOICES for question in (*QUESTIONS[:3], "")]
     found = BundleLM(llm).loglikelihood([asked(*pair) for pair in pairs])
-    for (question, choice), answer in zip(pairs, found, strict=True):
+    for (question, choice), (answer, likeliest) in zip(pairs, found, strict=True):
         # A space at the end of a question belongs to the answer.
         count = len(choice) + len(question) - len(question.rstrip())
-        want = log_probability(ids_of(llm, question + choice), count)
-        assert answer == (pytest.approx(want[0], abs=1e-4), want[1]), (question, choice)
+        want, is_likeliest = log_probability(ids_of(llm, question + choice), count)
+        assert answer == pytest.approx(want, abs=1e-4), (question, choice)
+        assert likeliest == is_likeliest, (question, choice)
 
 
 def test_the_likeliest_answer_is_told(llm: LLM) -> None:
@@ -86,8 +87,13 @@ def test_the_likeliest_answer_is_told(llm: LLM) -> None:
 
 def test_what_was_read_is_not_read_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    score = LLM.score_pieces
-    monkeypatch.setattr(LLM, "score_pieces", lambda self, ids: reads.append(len(ids)) or score(self, ids))
+    score = llm.score_pieces
+
+    def read(ids: Sequence[int]) -> Iterator[Any]:
+        reads.append(len(ids))
+        return score(ids)
+
+    monkeypatch.setattr(llm, "score_pieces", read)
     told: list[tuple[int, int]] = []
     BundleLM(llm, lambda *how: told.append(how)).loglikelihood([asked("Answer:", choice) for choice in "ABCD"])
     assert reads == [len("Answer:") + 1]
