@@ -37,3 +37,5 @@ def test_worked_by_hand() -> None:
     assert choose([[9, 1], [9, 0]], [[2, 3], [1, 5]], 8.01) == [1, 1]
     assert choose([[1]], [[2]], 1) is None
     assert choose([[5, 1]], [[0, 0]], 1) == [1]
+    # Over the limit by less than a step.
+    assert choose([[1], [1]], [[0.500001], [0.500001]], 1) is None
