@@ -9,6 +9,7 @@
 #include "buffer.h"
 #include "dispatch.h"
 #include "feed_forward.h"
+#include "operator.h"
 #include "route.h"
 #include "tokens.h"
 
@@ -17,8 +18,8 @@ namespace corral {
 class Int4Experts {
  public:
   static constexpr const char* kName = "Int4Experts";
-  static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,
-                                                 ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kOutputs[] = {ort::kFloat};
 
   Int4Experts(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(*choose_instruction_set().kernels),

@@ -43,8 +43,49 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
   one_tile(second, panel, inputs, y + kTileOutputs, row_stride);
 }
 
-}  // namespace
+// --- attention ---
 
-extern const Kernels kPortable{quantize_row, one_tile, two_tiles, swiglu_rows};
+struct Lanes {
+  float v[kLanes];
+};
+
+inline Lanes zero() { return {}; }
+inline Lanes spread(float value) {
+  Lanes lanes;
+  for (float& v : lanes.v) v = value;
+  return lanes;
+}
+inline Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(lanes.v, from, sizeof lanes.v);
+  return lanes;
+}
+inline void store(float* into, Lanes lanes) { std::memcpy(into, lanes.v, sizeof lanes.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  for (int64_t i = 0; i < kLanes; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+
+constexpr int kSums = 4;
+
+// Lane i and lane i + 8, then i + 4, i + 2, i + 1: the order that others find cheap.
+inline void sums(const Lanes* lanes, float* into) {
+  for (int s = 0; s < kSums; s++) {
+    Lanes left = lanes[s];
+    for (int64_t half = kLanes / 2; half >= 1; half /= 2) {
+      for (int64_t i = 0; i < half; i++) left.v[i] += left.v[i + half];
+    }
+    into[s] = left.v[0];
+  }
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "attention_kernels.h"
+
+namespace corral {
+
+extern const Kernels kPortable{quantize_row, one_tile, two_tiles, swiglu_rows, kAttention};
 
 }  // namespace corral
