@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from corral.graphs.lower.corral_cpu import attention as corral_attention
 from corral.graphs.lower.corral_cpu.experts import lower_int4_experts
 from corral.graphs.lower.corral_cpu.feed_forward import fuse_int4_feed_forward
 from corral.graphs.lower.corral_cpu.matmul import lower_int4_matmul
@@ -62,12 +63,12 @@ LOWER: dict[str, Phase] = {
     "cpu-corral": Phase(
         "lower",
         (
-            lower_attention,
             lower_int4_experts,
             lower_int4_matmul,
             lower_matmul,
             fuse_int4_feed_forward,
             merge_matmul,
+            corral_attention.lower_attention,
             clean_up,
             name_nodes,
         ),

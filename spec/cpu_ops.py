@@ -7,3 +7,10 @@ LIBRARY = "corral_cpu_ops"
 VERSION = 2
 DOMAIN = "corral.cpu"
 TILE_OUTPUTS = 16  # a stored matrix is cut into tiles of as many outputs
+# Attention computes in lanes of as many floats, and on heads of at most so many.
+LANES, LARGEST_HEAD = 16, 256
+
+
+def attends(head_dim: int) -> bool:
+    """Whether the library has attention for heads of this width."""
+    return head_dim % LANES == 0 and head_dim <= LARGEST_HEAD

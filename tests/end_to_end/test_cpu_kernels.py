@@ -23,6 +23,7 @@ from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
 from corral.runtime import LLM, SamplingParams
 from corral.spec.bundle import open_bundle
+from corral.spec.cpu_ops import VERSION
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
@@ -132,7 +133,7 @@ def test_every_large_matrix_goes_to_the_kernels(tiny_bundle: Bundle, form: str) 
     stored = {record.kind: record for record in bundle.manifest.coverage}
     assert stored["attention"].stored == "int4 g32"
     assert stored["attention"].bytes * 8 == stored["attention"].parameters * (4 + 16 / GROUP)  # fp16 scales
-    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": "1"}
+    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": str(VERSION)}
 
 
 def test_bytes_are_the_same_twice_and_by_stages(
@@ -162,7 +163,7 @@ def test_a_bundle_is_refused_where_the_library_is_missing(
     LLM(tiny_bundle("scout", "cpu", "int4"))
 
 
-@pytest.mark.parametrize("needs", ["2", "99999999999999999999", "latest", ""])
+@pytest.mark.parametrize("needs", ["3", "99999999999999999999", "latest", ""])
 def test_a_bundle_for_a_newer_library_is_refused(tiny_bundle: Bundle, tmp_path: Path, needs: str) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
@@ -172,7 +173,7 @@ def test_a_bundle_for_a_newer_library_is_refused(tiny_bundle: Bundle, tmp_path: 
     manifest["requires"]["corral_cpu_ops"] = needs
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(EnvironmentProblem, match=rf"have version 1; this bundle needs {needs}. Install a newer corral"):
+    with pytest.raises(EnvironmentProblem, match=rf"have version {VERSION}; this bundle needs {needs}. Install a newer corral"):
         LLM(bundle)
 
 
