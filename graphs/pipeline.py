@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from corral.graphs.lower.corral_cpu import attention as corral_attention
+from corral.graphs.lower.corral_cpu.add_norm import lower_add_norm
 from corral.graphs.lower.corral_cpu.experts import lower_int4_experts
 from corral.graphs.lower.corral_cpu.feed_forward import fuse_int4_feed_forward
 from corral.graphs.lower.corral_cpu.matmul import lower_int4_matmul
@@ -69,6 +70,7 @@ LOWER: dict[str, Phase] = {
             fuse_int4_feed_forward,
             merge_matmul,
             corral_attention.lower_attention,
+            lower_add_norm,
             clean_up,
             name_nodes,
         ),

@@ -13,17 +13,6 @@ namespace {
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-inline float sum_of(const float* values, int64_t count) {  // count is a multiple of 16
-  float lane[kLanes] = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; j++) lane[j] += values[i + j];
-  }
-  for (int64_t half = kLanes / 2; half >= 1; half /= 2) {
-    for (int64_t j = 0; j < half; j++) lane[j] += lane[j + half];
-  }
-  return lane[0];
-}
-
 // e^x as the weight of a score; unlike exp_of, not a number where x is not.
 inline float weight_of(float x) { return exp_of(x) + (x - x); }
 
@@ -37,11 +26,7 @@ inline void place(const float* x, const Rotation& rotation, int64_t dim, float g
   } else {
     std::memcpy(y, x, size_t(dim) * sizeof *y);
   }
-  if (rotation.epsilon > 0) {
-    float squares[kLargestHead];
-    for (int64_t i = 0; i < dim; i++) squares[i] = y[i] * y[i];
-    gain *= 1.0f / __builtin_sqrtf(sum_of(squares, dim) / float(dim) + rotation.epsilon);
-  }
+  if (rotation.epsilon > 0) gain *= inverse_rms(y, dim, rotation.epsilon);
   for (int64_t i = 0; i < dim; i++) y[i] *= gain;
 }
 
@@ -101,7 +86,7 @@ inline void soften(float* scores, int64_t visible, int64_t padded, float* total,
   for (int64_t r = 0; r < visible; r++) most = scores[r] > most ? scores[r] : most;
   for (int64_t r = 0; r < visible; r++) scores[r] = weight_of(scores[r] - most);
   for (int64_t r = visible; r < padded; r++) scores[r] = 0;
-  *total = sum_of(scores, padded);
+  *total = sum_of<false>(scores, padded);
   *largest = most;
 }
 

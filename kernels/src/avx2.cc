@@ -116,7 +116,7 @@ inline void sums(const Lanes* lanes, float* into) {
 
 namespace corral {
 
-extern const Kernels kAvx2{quantize_row, one_tile, two_tiles, swiglu_rows, kAttention};
+extern const Kernels kAvx2{quantize_row, one_tile, two_tiles, swiglu_rows, norm_row, add_rows, kAttention};
 
 }  // namespace corral
 #if defined(__clang__)

@@ -141,7 +141,7 @@ inline void sums(const Lanes* lanes, float* into) {
 
 namespace corral {
 
-extern const Kernels kAvx512Vnni{quantize_row, one_tile, two_tiles, swiglu_rows, kAttention};
+extern const Kernels kAvx512Vnni{quantize_row, one_tile, two_tiles, swiglu_rows, norm_row, add_rows, kAttention};
 
 }  // namespace corral
 #if defined(__clang__)

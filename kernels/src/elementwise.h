@@ -74,6 +74,34 @@ inline float exp_of(float x) {
   return p * float_of((bits_of(rounded) - kRoundBits + 127u) << 23);
 }
 
+// Added up in sixteen lanes, and those by halves. square: of the values' squares.
+template <bool square>
+inline float sum_of(const float* values, int64_t count) {
+  float lane[kLanes] = {};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; j++) lane[j] += square ? values[i + j] * values[i + j] : values[i + j];
+  }
+  for (int64_t i = whole; i < count; i++) lane[i - whole] += square ? values[i] * values[i] : values[i];
+  for (int64_t half = kLanes / 2; half >= 1; half /= 2) {
+    for (int64_t j = 0; j < half; j++) lane[j] += lane[j + half];
+  }
+  return lane[0];
+}
+
+inline float inverse_rms(const float* x, int64_t count, float epsilon) {
+  return 1.0f / __builtin_sqrtf(sum_of<true>(x, count) / float(count) + epsilon);
+}
+
+inline void norm_row(const float* x, const float* weight, int64_t count, float epsilon, float* y) {
+  const float scale = inverse_rms(x, count, epsilon);
+  for (int64_t i = 0; i < count; i++) y[i] = x[i] * scale * weight[i];
+}
+
+inline void add_rows(const float* a, const float* b, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; i++) y[i] = a[i] + b[i];
+}
+
 inline void swiglu_rows(const float* __restrict gate_up, int64_t rows, float* __restrict h, int64_t row_stride) {
   for (int64_t row = 0; row < rows; row++, gate_up += 2 * kTileOutputs, h += row_stride) {
     for (int64_t i = 0; i < kTileOutputs; i++) {

@@ -16,6 +16,7 @@ namespace corral {
 constexpr int64_t kTileOutputs = 16;
 constexpr int64_t kPanelRows = 12;
 constexpr int64_t kLargestGroup = 128;
+constexpr int64_t kLanes = 16;  // in which sums of floats are added up
 
 struct Tile {
   const uint8_t* codes;
@@ -40,7 +41,6 @@ struct Rotation {
   float epsilon;           // of the norm without weights that follows; 0: none
 };
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kBlockRows = 128;   // cache rows that are attended to at once
 constexpr int64_t kBlockQueries = 64;
 constexpr int64_t kLargestHead = 256;
@@ -82,6 +82,9 @@ struct Kernels {
                     int64_t row_stride);
   // h[row * row_stride + i] = silu(gate) * up, of what two_tiles made of a gate tile and an up tile with stride 32.
   void (*swiglu)(const float* gate_up, int64_t rows, float* h, int64_t row_stride);
+  // y = x / sqrt(mean of its squares + epsilon) * weight, [count] each.
+  void (*norm)(const float* x, const float* weight, int64_t count, float epsilon, float* y);
+  void (*add)(const float* a, const float* b, int64_t count, float* y);
   AttentionKernels attention;
 };
 

@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "dispatch.h"
+#include "op_add_norm.h"
 #include "op_attention.h"
 #include "op_experts.h"
 #include "op_feed_forward.h"
@@ -35,7 +36,7 @@ ort::CustomOpDomain* domain(const ort::Api& api) {
     api.check(ort::kCreateCustomOpDomain, kDomain, &fresh);
     for (const ort::CustomOp* op :
          {Operator<Int4MatMul>::record(), Operator<Int4FeedForward>::record(), Operator<Int4Experts>::record(),
-          Operator<FloatAttention>::record()}) {
+          Operator<FloatAttention>::record(), Operator<AddRmsNorm>::record()}) {
       api.check(ort::kCustomOpDomainAdd, fresh, op);
     }
     made = fresh;

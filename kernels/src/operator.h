@@ -18,7 +18,7 @@ namespace corral {
 struct Port {
   constexpr Port(ort::ElementType type, bool optional = false) : type(type), optional(optional) {}
   ort::ElementType type;
-  bool optional;  // an input that a node may leave out
+  bool optional;  // a node may leave it out
 };
 
 template <class Kernel>
@@ -35,7 +35,8 @@ class Operator {
       record.output_count = [](const ort::CustomOp*) { return std::size(Kernel::kOutputs); };
       record.output_type = [](const ort::CustomOp*, size_t i) { return Kernel::kOutputs[i].type; };
       record.input_kind = [](const ort::CustomOp*, size_t i) { return int(Kernel::kInputs[i].optional); };
-      record.output_kind = record.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+      record.output_kind = [](const ort::CustomOp*, size_t i) { return int(Kernel::kOutputs[i].optional); };
+      record.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
       record.create = create;
       record.compute = compute;
       record.destroy = [](void* self) { delete static_cast<Self*>(self); };

@@ -42,7 +42,7 @@ void* Api::output_data(KernelContext* context, const std::vector<int64_t>& shape
   Value* value = nullptr;
   void* data = nullptr;
   check(kKernelContextGetOutput, context, index, shape.data(), shape.size(), &value);
-  check(kGetTensorMutableData, value, &data);
+  if (value) check(kGetTensorMutableData, value, &data);
   return data;
 }
 

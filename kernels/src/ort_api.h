@@ -119,8 +119,10 @@ class Api {
   int64_t attribute(const KernelInfo* info, const char* name) const;
   float float_attribute(const KernelInfo* info, const char* name) const;
   Tensor constant(const KernelInfo* info, size_t input) const;  // refuses what is no constant initializer
+  // Whether a node has this optional input.
   bool has_input(KernelContext* context, size_t index) const;
   Tensor input(KernelContext* context, size_t index) const;
+  // Null where a node leaves this optional output out.
   template <class T = float>
   T* output(KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0) const {
     return static_cast<T*>(output_data(context, shape, index));

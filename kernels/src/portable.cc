@@ -86,6 +86,6 @@ inline void sums(const Lanes* lanes, float* into) {
 
 namespace corral {
 
-extern const Kernels kPortable{quantize_row, one_tile, two_tiles, swiglu_rows, kAttention};
+extern const Kernels kPortable{quantize_row, one_tile, two_tiles, swiglu_rows, norm_row, add_rows, kAttention};
 
 }  // namespace corral
