@@ -82,9 +82,15 @@ inline void weigh(const AttentionBlock& block, int64_t query, int64_t rows, int6
 
 // Scores -> weights, zero where a query does not see the row; the partial's sum of weights and largest score.
 inline void soften(float* scores, int64_t visible, int64_t padded, float* total, float* largest) {
+  for (int64_t r = visible; r < padded; r++) scores[r] = kMinusInfinity;
+  float lane[kLanes];
+  for (float& most : lane) most = kMinusInfinity;
+  for (int64_t r = 0; r < padded; r += kLanes) {
+    for (int64_t j = 0; j < kLanes; j++) lane[j] = scores[r + j] > lane[j] ? scores[r + j] : lane[j];
+  }
   float most = kMinusInfinity;
-  for (int64_t r = 0; r < visible; r++) most = scores[r] > most ? scores[r] : most;
-  for (int64_t r = 0; r < visible; r++) scores[r] = weight_of(scores[r] - most);
+  for (const float other : lane) most = other > most ? other : most;
+  for (int64_t r = 0; r < padded; r++) scores[r] = weight_of(scores[r] - most);
   for (int64_t r = visible; r < padded; r++) scores[r] = 0;
   *total = sum_of<false>(scores, padded);
   *largest = most;
