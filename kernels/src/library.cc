@@ -35,7 +35,7 @@ ort::CustomOpDomain* domain(const ort::Api& api) {
     ort::CustomOpDomain* fresh = nullptr;
     api.check(ort::kCreateCustomOpDomain, kDomain, &fresh);
     for (const ort::CustomOp* op :
-         {Operator<Int4MatMul>::record(), Operator<Int4FeedForward>::record(), Operator<Int4Experts>::record(),
+         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record(),
           Operator<FloatAttention>::record(), Operator<AddRmsNorm>::record()}) {
       api.check(ort::kCustomOpDomainAdd, fresh, op);
     }
