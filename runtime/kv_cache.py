@@ -1,4 +1,4 @@
-"""KV caches in this process's memory: per layer [slots, heads, rows, head dim], grown by doubling, shrunk when idle.
+"""KV caches in this process's memory: per layer [slots, heads, rows, row items], grown by doubling, shrunk when idle.
 
 A slot is one sequence's place. Running sequences occupy slots 0 … n-1, so that a batch is a prefix of each array:
 contiguous, and bound to the graph without a copy. When a sequence leaves, the last one moves into the hole.
@@ -107,12 +107,12 @@ class KvCache:
         grown = []
         for layer in range(len(self._layout_of)):
             layout = self._layout_of[layer]
-            shape = (slots, layout.num_heads, rows[layout.kv_class], layout.head_dim)
+            shape = (slots, layout.num_heads, rows[layout.kv_class], layout.row_items)
             if arrays and arrays[layer].shape == shape:
                 grown.append(arrays[layer])
                 continue
             # Zeros, because rows past the filled ones must be finite; the system hands them out lazily.
-            array: Cache = np.zeros(shape, dtype=layout.dtype)
+            array: Cache = np.zeros(shape, dtype=layout.array_dtype)
             if arrays:
                 old = arrays[layer]
                 array[: old.shape[0], :, : old.shape[2]] = old

@@ -11,6 +11,7 @@ TILE_OUTPUTS = 16  # a stored matrix is cut into tiles of as many outputs
 LANES, LARGEST_HEAD = 16, 256
 
 
-def attends(head_dim: int) -> bool:
-    """Whether the library has attention for heads of this width."""
-    return head_dim % LANES == 0 and head_dim <= LARGEST_HEAD
+def attends(head_dim: int, group: int | None = None) -> bool:
+    """Whether the library has attention for heads of this width, with caches that are quantized in such groups."""
+    whole = group is None or head_dim % min(group, head_dim) == 0
+    return head_dim % LANES == 0 and head_dim <= LARGEST_HEAD and whole

@@ -13,10 +13,10 @@ namespace {
 constexpr int64_t kPartialFloats = 4 << 20;
 
 // One call. The queries of a kv head are kept together, token by token: [batch, kv_heads, tokens * group, dim].
-class Attention {
+class Call {
  public:
-  Attention(const AttentionKernels& kernels, const ort::Workers& workers, const AttentionShape& shape,
-            const AttentionInputs& inputs, const AttentionCaches& caches)
+  Call(const AttentionKernels& kernels, const ort::Workers& workers, const AttentionShape& shape,
+       const AttentionInputs& inputs, const AttentionCaches& caches)
       : kernels_(kernels),
         workers_(workers),
         shape_(shape),
@@ -117,11 +117,11 @@ class Attention {
       work.values = reinterpret_cast<const float*>(values);
       return kernels_.attend(work, partials);
     }
-    const Buffer<float> floats(2 * rows * shape_.dim);
-    caches_.codec->load(keys, rows, shape_.dim, floats.get());
-    caches_.codec->load(values, rows, shape_.dim, floats.get() + rows * shape_.dim);
-    work.keys = floats.get();
-    work.values = floats.get() + rows * shape_.dim;
+    alignas(64) float key_floats[kBlockRows * kLargestHead], value_floats[kBlockRows * kLargestHead];
+    caches_.codec->load(keys, rows, shape_.dim, key_floats);
+    caches_.codec->load(values, rows, shape_.dim, value_floats);
+    work.keys = key_floats;
+    work.values = value_floats;
     kernels_.attend(work, partials);
   }
 
@@ -148,7 +148,7 @@ class Attention {
 void attention(const AttentionKernels& kernels, const ort::Workers& workers, const AttentionShape& shape,
                const AttentionInputs& inputs, const AttentionCaches& caches, float* y) {
   if (!shape.batch || !shape.tokens) return;
-  Attention call(kernels, workers, shape, inputs, caches);
+  Call call(kernels, workers, shape, inputs, caches);
   call.place_tokens();
   call.attend(y);
 }

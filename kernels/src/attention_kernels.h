@@ -5,6 +5,7 @@
 // up in lanes and then by halves, weighed values are added row by row, blocks begin at multiples of kBlockRows.
 #pragma once
 
+#include "cache_rows.h"
 #include "elementwise.h"
 #include "kernels.h"
 
@@ -137,7 +138,10 @@ inline void merge(const float* partials, int64_t blocks, int64_t stride, int64_t
   for (int64_t d = 0; d < dim; d++) y[d] *= share;
 }
 
-constexpr AttentionKernels kAttention{place, attend, merge};
+template <int bits>
+constexpr RowCodec kCodec{CacheRow<bits>::kGroup, CacheRow<bits>::bytes, CacheRow<bits>::store, CacheRow<bits>::load};
+
+constexpr AttentionKernels kAttention{place, attend, merge, kCodec<8>, kCodec<4>};
 
 }  // namespace
 }  // namespace corral

@@ -65,8 +65,10 @@ struct AttentionBlock {
   int64_t rows, dim;
 };
 
-// How a row of `dim` values is stored in a cache, and read again as floats.
+// How a row of `dim` values is stored in a cache, and read again as floats (cache_rows.h).
 struct RowCodec {
+  int64_t group;  // values that share a scale, or all of a row that has fewer
+  int64_t (*bytes)(int64_t dim);
   void (*store)(const float* values, int64_t dim, uint8_t* row);
   void (*load)(const uint8_t* rows, int64_t count, int64_t dim, float* values);
 };
@@ -79,6 +81,7 @@ struct AttentionKernels {
   void (*attend)(const AttentionBlock& block, float* partials);
   // One query's partials of consecutive blocks, `stride` floats apart -> y [dim].
   void (*merge)(const float* partials, int64_t blocks, int64_t stride, int64_t dim, float* y);
+  RowCodec int8_rows, int4_rows;
 };
 
 // Every instruction set gives the same bits: integers are summed exactly within a group, groups are added in order by

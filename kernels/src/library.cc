@@ -36,7 +36,8 @@ ort::CustomOpDomain* domain(const ort::Api& api) {
     api.check(ort::kCreateCustomOpDomain, kDomain, &fresh);
     for (const ort::CustomOp* op :
          {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record(),
-          Operator<FloatAttention>::record(), Operator<AddRmsNorm>::record()}) {
+          Operator<Attention<FloatRows>>::record(), Operator<Attention<Int8Rows>>::record(),
+          Operator<Attention<Int4Rows>>::record(), Operator<AddRmsNorm>::record()}) {
       api.check(ort::kCustomOpDomainAdd, fresh, op);
     }
     made = fresh;

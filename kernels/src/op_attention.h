@@ -1,8 +1,8 @@
-// Attention(qkv [B, S, (H + 2 G) D], past_key, past_value [B, G, C, D], past_length [B], cos?, sin? [B, S, D / 2],
+// Attention(qkv [B, S, (H + 2 G) D], past_key, past_value [B, G, C, W], past_length [B], cos?, sin? [B, S, D / 2],
 //           temperature? [B, S]; num_heads H, kv_num_heads G, qk_norm_epsilon) -> y [B, S, H D], present_key, present_value
 //
 // A Llama 4 attention layer between its projections (corral::RopeAttention and corral::NopeAttention), on the joined
-// product of q, k and v. The new rows are written at past_length; where present is not past's memory, past is copied
+// product of q, k and v. A cache row is D floats; of AttentionInt8 and AttentionInt4 the W bytes of cache_rows.h. The new rows are written at past_length; where present is not past's memory, past is copied
 // first. A value that is not a number stays in its sequence.
 #pragma once
 
@@ -16,15 +16,35 @@
 
 namespace corral {
 
-class FloatAttention {
- public:
+struct FloatRows {
   static constexpr const char* kName = "Attention";
-  static constexpr Port kInputs[] = {ort::kFloat,         ort::kFloat,         ort::kFloat,        ort::kInt64,
-                                     {ort::kFloat, true}, {ort::kFloat, true}, {ort::kFloat, true}};
-  static constexpr Port kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr ort::ElementType kType = ort::kFloat;
+  static const RowCodec* codec(const AttentionKernels&) { return nullptr; }
+};
 
-  FloatAttention(const ort::Api& api, const ort::KernelInfo* info)
+struct Int8Rows {
+  static constexpr const char* kName = "AttentionInt8";
+  static constexpr ort::ElementType kType = ort::kUint8;
+  static const RowCodec* codec(const AttentionKernels& kernels) { return &kernels.int8_rows; }
+};
+
+struct Int4Rows {
+  static constexpr const char* kName = "AttentionInt4";
+  static constexpr ort::ElementType kType = ort::kUint8;
+  static const RowCodec* codec(const AttentionKernels& kernels) { return &kernels.int4_rows; }
+};
+
+template <class Rows>
+class Attention {
+ public:
+  static constexpr const char* kName = Rows::kName;
+  static constexpr Port kInputs[] = {ort::kFloat,         Rows::kType,         Rows::kType,        ort::kInt64,
+                                     {ort::kFloat, true}, {ort::kFloat, true}, {ort::kFloat, true}};
+  static constexpr Port kOutputs[] = {ort::kFloat, Rows::kType, Rows::kType};
+
+  Attention(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(choose_instruction_set().kernels->attention),
+        codec_(Rows::codec(kernels_)),
         heads_(api.attribute(info, "num_heads")),
         kv_heads_(api.attribute(info, "kv_num_heads")),
         epsilon_(api.float_attribute(info, "qk_norm_epsilon")) {
@@ -48,29 +68,38 @@ class FloatAttention {
     inputs.epsilon = epsilon_;
     if (!inputs.cos != !inputs.sin) throw ort::Failure(ort::kInvalidArgument, "cos and sin must come together");
     float* y = api.output(context, {shape.batch, shape.tokens, shape.heads * shape.dim});
-    const AttentionCaches caches{present(api, context, past_key, 1), present(api, context, past_value, 2), nullptr,
-                                 shape.dim * int64_t(sizeof(float))};
+    const AttentionCaches caches{present(api, context, past_key, 1, shape), present(api, context, past_value, 2, shape),
+                                 codec_, row_bytes(shape.dim)};
     attention(kernels_, ort::Workers(api, context), shape, inputs, caches, y);
   }
 
  private:
   enum Input : size_t { kQkv, kPastKey, kPastValue, kPastLength, kCos, kSin, kTemperature };
   static constexpr int64_t kMostHeads = 1 << 16;
+  static constexpr int64_t kItemBytes = Rows::kType == ort::kFloat ? sizeof(float) : 1;
 
   AttentionShape shape_of(const ort::Tensor& qkv, const ort::Tensor& past_key, const ort::Tensor& past_value) const {
-    const std::vector<int64_t>&rows = qkv.shape, &cache = past_key.shape;
-    const bool fits = rows.size() == 3 && cache.size() == 4 && past_value.shape == cache && cache[0] == rows[0] &&
-                      cache[1] == kv_heads_ && rows[2] == (heads_ + 2 * kv_heads_) * cache[3] && cache[3] % kLanes == 0 &&
-                      cache[3] >= kLanes && cache[3] <= kLargestHead;
+    const std::vector<int64_t>&tokens = qkv.shape, &cache = past_key.shape;
+    const int64_t parts = heads_ + 2 * kv_heads_, dim = tokens.size() == 3 ? tokens[2] / parts : 0;
+    const bool fits = has_kernels(dim) && tokens[2] == parts * dim && cache.size() == 4 && past_value.shape == cache &&
+                      cache[0] == tokens[0] && cache[1] == kv_heads_ && cache[3] == row_bytes(dim) / kItemBytes;
     if (!fits) {
       throw ort::Failure(ort::kInvalidArgument,
-                         "qkv has shape " + shape_in_words(rows) + ", past_key " + shape_in_words(cache) + ", past_value " +
-                             shape_in_words(past_value.shape) + "; expected [B, S, " +
-                             std::to_string(heads_ + 2 * kv_heads_) + " D] and twice [B, " + std::to_string(kv_heads_) +
-                             ", C, D], D a multiple of 16 and at most " + std::to_string(kLargestHead));
+                         "qkv has shape " + shape_in_words(tokens) + ", past_key " + shape_in_words(cache) + ", past_value " +
+                             shape_in_words(past_value.shape) + "; expected [B, S, " + std::to_string(parts) +
+                             " D] and twice [B, " + std::to_string(kv_heads_) + ", C, " + (codec_ ? "bytes of a row" : "D") +
+                             "], D a multiple of 16 and at most " + std::to_string(kLargestHead) +
+                             (codec_ ? ", in whole groups of " + std::to_string(codec_->group) : ""));
     }
-    return {rows[0], rows[1], heads_, kv_heads_, cache[3], cache[2]};
+    return {tokens[0], tokens[1], heads_, kv_heads_, dim, cache[2]};
   }
+
+  bool has_kernels(int64_t dim) const {
+    const bool whole = !codec_ || dim < codec_->group || dim % codec_->group == 0;
+    return dim >= kLanes && dim <= kLargestHead && dim % kLanes == 0 && whole;
+  }
+
+  int64_t row_bytes(int64_t dim) const { return codec_ ? codec_->bytes(dim) : dim * int64_t(sizeof(float)); }
 
   static const int64_t* lengths(const ort::Tensor& tensor, const AttentionShape& shape) {
     if (tensor.shape != std::vector<int64_t>{shape.batch}) {
@@ -99,17 +128,17 @@ class FloatAttention {
     return static_cast<const float*>(tensor.data);
   }
 
-  static uint8_t* present(const ort::Api& api, ort::KernelContext* context, const ort::Tensor& past, size_t index) {
-    uint8_t* data = reinterpret_cast<uint8_t*>(api.output<float>(context, past.shape, index));
+  uint8_t* present(const ort::Api& api, ort::KernelContext* context, const ort::Tensor& past, size_t index,
+                   const AttentionShape& shape) const {
+    uint8_t* data = api.output<uint8_t>(context, past.shape, index);
     if (data != past.data) {
-      int64_t count = 1;
-      for (const int64_t size : past.shape) count *= size;
-      std::memcpy(data, past.data, size_t(count) * sizeof(float));
+      std::memcpy(data, past.data, size_t(shape.batch * shape.kv_heads * shape.capacity * row_bytes(shape.dim)));
     }
     return data;
   }
 
   const AttentionKernels& kernels_;
+  const RowCodec* codec_;  // null: rows of floats
   int64_t heads_, kv_heads_;
   float epsilon_;
 };

@@ -5,16 +5,6 @@
 namespace corral {
 namespace {
 
-float float_of_half(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
-  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-    const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -magnitude : magnitude;
-  }
-  if (exponent == 31) return float_of(sign | kInfinityBits | mantissa << 13);
-  return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
 // The product of the codes of one output by 8 inputs and a row's; `low` are the first 4 of the row's, `high` the others.
 struct Nibbles {
   static constexpr int64_t kBytesOf8 = 64;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_bytes_of_scout_at_128k(tiny_config: Callable[[str], dict[str, Any]]) ->
     published = {"num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
                  "attention_chunk_size": 8192}  # fmt: skip
     layouts = kv_layouts(parse_config(tiny_config("scout") | published))
-    assert [layout.bytes(131072, itemsize=2) for layout in layouts] == [
+    assert [dataclasses.replace(layout, dtype="bfloat16").bytes(131072) for layout in layouts] == [
         2 * 36 * 8 * 128 * 8192 * 2,
         2 * 12 * 8 * 128 * 131072 * 2,
     ]

@@ -18,9 +18,12 @@ from corral.exporter.ops.custom_op import DOMAIN
 from corral.graphs.lower.corral_cpu.stored import import_kernels
 from corral.graphs.lower.onnxruntime import attention as onnxruntime_attention
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.spec import cpu_ops
+from corral.spec import cpu_ops, graph_io
+from corral.spec.errors import InputError
+from corral.spec.kv_layout import KV_GROUPS, stored_kv_layouts
 
-ATTENTION = "Attention"
+# How the KV cache is stored -> the operator.
+ATTENTION = {"float32": "Attention", "int8": "AttentionInt8", "int4": "AttentionInt4"}
 
 
 def lower_attention(work: ModelAndPlan) -> bool:
@@ -28,8 +31,14 @@ def lower_attention(work: ModelAndPlan) -> bool:
 
     Raises PatternAbsent unless there is one per decoder layer.
     """
-    if not cpu_ops.attends(work.config.head_dim):
-        return onnxruntime_attention.lower_attention(work)
+    head_dim, kv = work.config.head_dim, work.recipe.kv_dtype
+    if not cpu_ops.attends(head_dim, KV_GROUPS.get(kv)):
+        if kv not in KV_GROUPS:
+            return onnxruntime_attention.lower_attention(work)
+        raise InputError(
+            f"attention heads are {head_dim} wide; corral's CPU kernels take a KV cache in {kv} of heads up to "
+            f"{cpu_ops.LARGEST_HEAD} in whole groups of {KV_GROUPS[kv]}. Use --kv float."
+        )
     nodes = [*work.nodes(ROPE, DOMAIN), *work.nodes(NOPE, DOMAIN)]
     if len(nodes) != work.config.num_layers:
         raise PatternAbsent(f"lower_attention found {len(nodes)} layers, expected {work.config.num_layers}")
@@ -40,7 +49,7 @@ def lower_attention(work: ModelAndPlan) -> bool:
         build = tape.Tape()
         qkv = _joined(build, [query, key, value])
         outputs = build.op_multi_out(
-            ATTENTION,
+            ATTENTION[kv],
             [qkv, past_key, past_value, past_length, *positions],
             {
                 "num_heads": node.attributes["num_heads"].as_int(),
@@ -51,7 +60,18 @@ def lower_attention(work: ModelAndPlan) -> bool:
             num_outputs=3,
         )
         work.replace_node(node, build.nodes, list(outputs))
+    _store_caches(work)
     return True
+
+
+def _store_caches(work: ModelAndPlan) -> None:
+    """Give the graph's caches the type and the width that the recipe stores them in."""
+    layout = stored_kv_layouts(work.config, work.recipe)[0]
+    for value in (*work.graph.inputs, *work.graph.outputs):
+        if graph_io.is_cache(value.name or ""):
+            assert value.shape is not None
+            value.type = ir.TensorType(ir.DataType.FLOAT if layout.array_dtype == "float32" else ir.DataType.UINT8)
+            value.shape = ir.Shape([*value.shape[:3], layout.row_items])
 
 
 def _joined(build: tape.Tape, parts: Sequence[ir.Value | None]) -> ir.Value:
