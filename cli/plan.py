@@ -33,7 +33,9 @@ SHOWN = ("bf16", "fp8", "int8", "int4")
 )
 @click.option("--context", default="128k", show_default=True, help="Tokens of a sequence: 131072, 128k, 10M.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once.")
-@click.option("--kv", default="bf16", show_default=True, help="How the KV cache is stored: fp32, bf16, fp8, int8, int4.")
+@click.option(
+    "--kv", default="bf16", show_default=True, help="How the KV cache is stored: fp32, bf16, fp8, int8, int4."
+)
 @click.option("--gpu", default="h100", show_default=True, help=f"Where to serve: {', '.join(GPUS)}.")
 @click.option("--price-per-hour", type=float, help="Price of one GPU, for the cost of a million tokens.")
 @click.option("--exact", is_flag=True, help="Capture the graph and count weights by its plan (slower).")

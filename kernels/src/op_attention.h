@@ -131,9 +131,8 @@ class Attention {
   uint8_t* present(const ort::Api& api, ort::KernelContext* context, const ort::Tensor& past, size_t index,
                    const AttentionShape& shape) const {
     uint8_t* data = api.output<uint8_t>(context, past.shape, index);
-    if (data != past.data) {
-      std::memcpy(data, past.data, size_t(shape.batch * shape.kv_heads * shape.capacity * row_bytes(shape.dim)));
-    }
+    const int64_t bytes = shape.batch * shape.kv_heads * shape.capacity * row_bytes(shape.dim);
+    if (data != past.data && bytes) std::memcpy(data, past.data, size_t(bytes));
     return data;
   }
 

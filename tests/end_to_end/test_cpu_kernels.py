@@ -23,7 +23,6 @@ from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
 from corral.runtime import LLM, SamplingParams
 from corral.spec.bundle import open_bundle
-from corral.spec.cpu_ops import VERSION
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule

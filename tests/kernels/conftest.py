@@ -44,6 +44,7 @@ def open_session() -> Callable[..., ort.InferenceSession]:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = LIBRARY not in os.environ  # where a sanitizer is to see each tensor's end
         options.register_custom_ops_library(os.environ.get(LIBRARY) or str(find_library().path))
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 

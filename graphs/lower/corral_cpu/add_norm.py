@@ -42,9 +42,7 @@ def _lower_both(work: ModelAndPlan, add: ir.Node, norm: ir.Node) -> None:
     """One node in the place of the sum, whose name says so: it belongs to the layer, not to the norm."""
     residual, x = add.inputs
     build = tape.Tape()
-    y, total = build.op_multi_out(
-        ADD_NORM, [x, norm.inputs[1], residual], _epsilon(norm), domain=DOMAIN, num_outputs=2
-    )
+    y, total = build.op_multi_out(ADD_NORM, [x, norm.inputs[1], residual], _epsilon(norm), domain=DOMAIN, num_outputs=2)
     norm.outputs[0].replace_all_uses_with(y)
     work.graph.remove(norm, safe=True)
     work.replace_node(add, build.nodes, [total])
