@@ -296,6 +296,15 @@ def test_tiny_and_huge_values_are_stored_or_seen(open_session: Open, kv: str, si
         assert np.abs(y[0] - want).max() <= 0.5 * np.abs(want).max() + 1e-6
 
 
+@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (3, 1 + 2**-9), (2, 1 + 2**-10), (1.01, 1 + 2**-10)])
+def test_scales_are_rounded_to_even(open_session: Open, steps: float, scale: float) -> None:
+    """Of numbers in the middle between two of fp16, whose step at 1 is 2**-10."""
+    call = random_call(7, 1, 1, 1, 1, 16, 0, rope=False, tuned=False)
+    call.qkv[0, 0, -16:] = np.float32(127 * (1 + steps * 2**-11))
+    _, _, value = run(open_session, quantized(call, "int8"))
+    assert value[0, 0, 0, 16:].copy().view(np.float16) == np.float16(scale)
+
+
 @pytest.mark.parametrize("kv", ["int8", "int4"])
 def test_rows_of_zero_bytes_are_zeros(kv: str) -> None:
     """What the runtime makes new and wiped caches of."""

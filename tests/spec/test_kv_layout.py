@@ -35,6 +35,27 @@ def test_bytes_of_scout_at_128k(tiny_config: Callable[[str], dict[str, Any]]) ->
     ]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "items"),
+    [
+        ("float32", 128, 128),
+        ("float16", 128, 128),
+        ("int8", 128, 128 + 2),
+        ("int8", 64, 64 + 2),
+        ("int8", 256, 256 + 4),
+        ("int4", 128, 64 + 8),
+        ("int4", 16, 8 + 2),
+    ],
+)
+def test_rows_of_codes_carry_their_scales(
+    tiny_config: Callable[[str], dict[str, Any]], dtype: str, head_dim: int, items: int
+) -> None:
+    layout = dataclasses.replace(kv_layouts(parse_config(tiny_config("scout")))[0], dtype=dtype, head_dim=head_dim)
+    assert layout.row_items == items
+    bytes_an_item = {"float32": 4, "float16": 2}.get(dtype, 1)
+    assert layout.row_bytes() == 2 * len(layout.layers) * layout.num_heads * items * bytes_an_item
+
+
 def test_a_model_without_chunks_has_one_class(tiny_config: Callable[[str], dict[str, Any]]) -> None:
     layouts = kv_layouts(parse_config(tiny_config("scout") | {"attention_chunk_size": None}))
     assert [(layout.kv_class, layout.layers) for layout in layouts] == [("global", (0, 1, 2, 3, 4))]
