@@ -52,7 +52,7 @@ class KvLayout:
         """How many of `array_dtype` one head's row has."""
         if self.dtype not in KV_GROUPS:
             return self.head_dim
-        scales = self.head_dim // min(KV_GROUPS[self.dtype], self.head_dim)
+        scales = -(-self.head_dim // KV_GROUPS[self.dtype])
         return (self.head_dim * ITEM_BITS[self.dtype] + scales * ITEM_BITS["float16"]) // 8
 
     def row_bytes(self) -> int:
