@@ -33,8 +33,8 @@ class AddRmsNorm {
     if (api.has_input(context, 2)) {
       const Tokens other = read_tokens(api, context, 2, hidden, "residual");
       if (other.shape != x.shape) {
-        throw ort::Failure(ort::kInvalidArgument, "residual has shape " + shape_in_words(other.shape) + ", expected that of x, " +
-                                                      shape_in_words(x.shape));
+        throw ort::Failure(ort::kInvalidArgument, "residual has shape " + shape_in_words(other.shape) +
+                                                      ", expected that of x, " + shape_in_words(x.shape));
       }
       residual = other.values;
     }

@@ -2,8 +2,9 @@
 //           temperature? [B, S]; num_heads H, kv_num_heads G, qk_norm_epsilon) -> y [B, S, H D], present_key, present_value
 //
 // A Llama 4 attention layer between its projections (corral::RopeAttention and corral::NopeAttention), on the joined
-// product of q, k and v. A cache row is D floats; of AttentionInt8 and AttentionInt4 the W bytes of cache_rows.h. The new rows are written at past_length; where present is not past's memory, past is copied
-// first. A value that is not a number stays in its sequence.
+// product of q, k and v. A cache row is D floats; of AttentionInt8 and AttentionInt4 it is the W bytes of cache_rows.h. The new
+// rows are written at past_length; where present is not past's memory, past is copied first. A value that is not a number
+// stays in its sequence.
 #pragma once
 
 #include <cstring>
@@ -111,7 +112,8 @@ class Attention {
       if (lengths[b] < 0 || lengths[b] > shape.capacity - shape.tokens) {
         throw ort::Failure(ort::kInvalidArgument, "past_length is " + std::to_string(lengths[b]) + " for sequence " +
                                                       std::to_string(b) + ", and " + std::to_string(shape.tokens) +
-                                                      " tokens are new; the cache has " + std::to_string(shape.capacity) + " rows");
+                                                      " tokens are new; the cache has " +
+                                                      std::to_string(shape.capacity) + " rows");
       }
     }
     return lengths;
