@@ -50,11 +50,14 @@ class Call:
         return {name: value for name in INPUTS if (value := getattr(self, name)) is not None}
 
     def sequences(self, chosen: slice) -> Call:
-        return replace(self, **{name: np.ascontiguousarray(value[chosen]) for name, value in self.feeds.items()})
+        parts: dict[str, Any] = {name: np.ascontiguousarray(value[chosen]) for name, value in self.feeds.items()}
+        return replace(self, **parts)
 
     def tokens(self, start: int, stop: int) -> Call:
         """These of the new tokens only, as if those before them were in the cache already."""
-        of_token = {name: self.feeds[name][:, start:stop] for name in ("qkv", *INPUTS[4:]) if name in self.feeds}
+        of_token: dict[str, Any] = {
+            name: self.feeds[name][:, start:stop] for name in ("qkv", *INPUTS[4:]) if name in self.feeds
+        }
         return replace(self, past_length=self.past_length + start, **of_token)
 
 
