@@ -9,8 +9,8 @@
 namespace corral {
 namespace {
 
-// Partials of so many floats are kept at a time: prefill over a long context goes through its tokens in slabs.
-constexpr int64_t kPartialFloats = 4 << 20;
+// Partials of so many floats are kept at a time, few enough for a cache: a prompt is gone through in slabs.
+constexpr int64_t kPartialFloats = 256 << 10;
 
 // One call. The queries of a kv head are kept together, token by token: [batch, kv_heads, tokens * group, dim].
 class Call {
