@@ -7,6 +7,7 @@ LIBRARY = "corral_cpu_ops"
 VERSION = 2
 DOMAIN = "corral.cpu"
 TILE_OUTPUTS = 16  # a stored matrix is cut into tiles of as many outputs
+WEIGHTS = ("int8", "int4", "int3", "int2")
 # Attention computes in lanes of as many floats, and on heads of at most so many.
 LANES, LARGEST_HEAD = 16, 256
 
