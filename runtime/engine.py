@@ -15,10 +15,13 @@ import numpy as np
 from corral.runtime.request import Request
 from corral.runtime.scheduler import Decode, Prefill, Scheduler
 from corral.runtime.session import Caches, CacheView, Float32, Session, Step
+from corral.spec.errors import Overloaded
 from corral.spec.kv_layout import KvLayout, split_at_chunks
 
-# Tokens read at a time: enough to fill the matrix units, little enough for activations to stay small.
-PREFILL_TOKENS = 512
+# Tokens of a round: enough to fill the matrix units, little enough for activations to stay small and others not to wait.
+STEP_TOKENS = 512
+# Requests in line: each is only its prompt's ids, but who asks that much should be told to come back later.
+MAX_WAITING = 1024
 # Most logits computed at a time while scoring (256 MiB of float32).
 SCORE_LOGITS = 64 << 20
 
@@ -35,19 +38,35 @@ class Engine:
         vocab_size: int,
         max_context: int,
         max_batch: int = 16,
-        prefill_tokens: int = PREFILL_TOKENS,
+        max_waiting: int = MAX_WAITING,
+        step_tokens: int = STEP_TOKENS,
     ) -> None:
         self._session, self._embed, self._layouts = session, embed, tuple(layouts)
-        self._max_context = max_context
+        self._max_context, self._max_waiting = max_context, max_waiting
         self._chunk = next((layout.chunk for layout in layouts if layout.chunk), None)
-        self._score_tokens = max(1, min(prefill_tokens, SCORE_LOGITS // vocab_size))
+        self._score_tokens = max(1, min(step_tokens, SCORE_LOGITS // vocab_size))
         self._cache = session.new_caches(layouts, max_context)
-        self._scheduler = Scheduler(max_batch=max_batch, chunk=self._chunk, prefill_tokens=prefill_tokens)
+        self._scheduler = Scheduler(
+            max_batch=max_batch, max_waiting=max_waiting, chunk=self._chunk, step_tokens=step_tokens
+        )
         self._lock = threading.RLock()
 
-    def add(self, request: Request) -> None:
+    @property
+    def idle(self) -> bool:
+        return self._scheduler.idle
+
+    def offer(self, request: Request) -> bool:
+        """Take a request in; False where as many wait as may."""
         with self._lock:
-            self._scheduler.add(request)
+            return self._scheduler.add(request)
+
+    def add(self, request: Request) -> None:
+        """Take a request in. Raises Overloaded where as many wait as may."""
+        if not self.offer(request):
+            raise Overloaded(
+                f"{self._max_waiting} requests are waiting already, which is as many as may. Try again when some are done, "
+                "or open the LLM with a larger max_waiting."
+            )
 
     def cancel(self, request: Request) -> None:
         """Take a request out, finished or not; no harm where it is gone already."""
@@ -55,10 +74,9 @@ class Engine:
             if request.error is not None and request in self._scheduler.running:
                 # Its rows may hold NaN, which a later tenant's masked attention would turn into NaN again.
                 self._cache.wipe(self._scheduler.running.index(request))
-            if move := self._scheduler.remove(request):
-                source, target = move
-                self._cache.move(source, target, self._scheduler.running[target].position)
-            if self._scheduler.idle and self._cache.num_slots:
+            for move in self._scheduler.remove(request):
+                self._cache.move(move.source, move.target, self._scheduler.running[move.target].position)
+            if self.idle and self._cache.num_slots:
                 # Frees memory, and spares backends that look at a cache's whole capacity.
                 self._cache.clear()
                 self._session.release()
@@ -66,6 +84,7 @@ class Engine:
     def step(self) -> None:
         """Do one piece of work. What goes wrong in it is kept as the `error` of the requests concerned."""
         with self._lock:
+            self._scheduler.admit()
             work = self._scheduler.schedule()
             if work is None:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from corral.runtime.chat import Message
 from corral.runtime.completion import Completion, Piece
 from corral.runtime.embedding import EmbeddingTable
-from corral.runtime.engine import Engine
+from corral.runtime.engine import MAX_WAITING, Engine
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.runtime.request import Request
 from corral.runtime.sampling_params import SamplingParams
@@ -50,6 +51,7 @@ class LLM:
         threads: int | None = None,
         verify: bool = True,
         max_batch: int = 16,
+        max_waiting: int = MAX_WAITING,  # requests in line, besides those that run
         progress: Progress = silent,
         session: Session | None = None,  # something else that computes the decoder, for experiments and tests
     ) -> None:
@@ -59,8 +61,9 @@ class LLM:
                 f'{bundle.directory} is at stage "{bundle.manifest.stage}", expected "ready": it cannot run yet. '
                 f"{NEXT_STAGE[bundle.manifest.stage]}, or `corral compile` on the checkpoint."
             )
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise InputError(f"max_batch is {max_batch!r}, expected a whole number of at least 1.")
+        for name, number in (("max_batch", max_batch), ("max_waiting", max_waiting)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise InputError(f"{name} is {number!r}, expected a whole number of at least 1.")
         self.bundle = bundle
         self.max_context = _context(bundle.manifest, max_context)
         self.tokenizer = open_tokenizer(bundle)  # None: the bundle takes and gives token ids only
@@ -71,6 +74,7 @@ class LLM:
             vocab_size=bundle.manifest.model.vocab_size,
             max_context=self.max_context,
             max_batch=min(max_batch, bundle.manifest.recipe.max_batch) if bundle.manifest.engines else max_batch,
+            max_waiting=max_waiting,
         )
 
     @property
@@ -85,10 +89,11 @@ class LLM:
         """Complete one prompt or many, together; a prompt is a text or a list of token ids."""
         ids = [self._prompt_ids(prompt) for prompt in _as_prompts(prompts)]
         requests = [self._request(i, p) for i, p in zip(ids, _as_params(params, len(ids)), strict=True)]
+        outside = deque(requests)  # of a batch larger than the line, the rest waits here
         try:
-            for request in requests:
-                self._engine.add(request)
             while not all(request.done for request in requests):
+                while outside and self._engine.offer(outside[0]):
+                    outside.popleft()
                 self._engine.step()
         finally:  # after an interrupt, too
             for request in requests:
