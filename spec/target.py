@@ -21,7 +21,9 @@ class Target:
     weights: tuple[str, ...]
     requires: tuple[tuple[str, str], ...]  # (distribution, minimum version)
     opset: int  # of the default ONNX domain
-    kernels: tuple[str, ...] = ("stock",)  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4
+    kernels: tuple[str, ...] = (
+        "stock",
+    )  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4 and int8
     kv_dtype: str = "float32"  # of the caches
     wide_batches: bool = (
         False  # whether its graphs take several sequences of several tokens each, with a past, in one step
