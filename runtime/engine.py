@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from corral.runtime.forward import forward
+from corral.runtime.kv_cache import KvCache
+from corral.runtime.prefix_cache import PrefixCache
 from corral.runtime.proposal import Proposal, Proposer
 from corral.runtime.request import Request
 from corral.runtime.sampler import Candidates
 from corral.runtime.scheduler import Decode, Prefill, Scheduler
 from corral.runtime.session import Caches, CacheView, Float32, Session
-from corral.spec.errors import Overloaded
+from corral.spec.errors import InputError, Overloaded
 from corral.spec.kv_layout import KvLayout, split_at_chunks
 
 # Tokens of a round: enough to fill the matrix units, little enough for activations to stay small and others not to wait.
@@ -25,6 +27,9 @@ STEP_TOKENS = 512
 MAX_WAITING = 1024
 # Most logits computed at a time while scoring (256 MiB of float32).
 SCORE_LOGITS = 64 << 20
+
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -43,6 +48,7 @@ class Engine:
         step_tokens: int = STEP_TOKENS,
         proposer: Proposer | None = None,
         num_proposed: int = 0,  # tokens at a time, at most
+        prefix_bytes: int = 0,  # of cache rows that are kept for prompts that begin alike
         wide_batches: bool = True,  # whether several sequences may have several tokens each in one step
     ) -> None:
         self._session, self._embed, self._layouts = session, embed, tuple(layouts)
@@ -52,6 +58,9 @@ class Engine:
         self._chunk = next((layout.chunk for layout in layouts if layout.chunk), None)
         self._score_tokens = max(1, min(step_tokens, SCORE_LOGITS // vocab_size))
         self._cache = session.new_caches(layouts, max_context)
+        self._prefixes: PrefixCache | None = None  # rows on a device are not copied back
+        if prefix_bytes and isinstance(self._cache, KvCache):
+            self._prefixes = PrefixCache(self._cache, layouts, prefix_bytes)
         self._scheduler = Scheduler(
             max_batch=max_batch, max_waiting=max_waiting, chunk=self._chunk, step_tokens=step_tokens
         )
@@ -77,9 +86,12 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Take a request out, finished or not; no harm where it is gone already."""
         with self._lock:
-            if request.error is not None and request in self._scheduler.running:
-                # Its rows may hold NaN, which a later tenant's masked attention would turn into NaN again.
-                self._cache.wipe(self._scheduler.running.index(request))
+            if request in self._scheduler.running:
+                slot = self._scheduler.running.index(request)
+                self._keep(request, slot)
+                if request.error is not None:
+                    # Its rows may hold NaN, which a later tenant's masked attention would turn into NaN again.
+                    self._cache.wipe(slot)
             for move in self._scheduler.remove(request):
                 self._cache.move(move.source, move.target, self._scheduler.running[move.target].position)
             if self._proposer:
@@ -109,6 +121,16 @@ class Engine:
                 if request.done:
                     self.cancel(request)
 
+    def with_prefixes(self, use: Callable[[PrefixCache], T]) -> T:
+        """What `use` makes of the prefix cache, while nobody else does. Raises InputError where there is none."""
+        if self._prefixes is None:
+            raise InputError(
+                "there is no prefix cache: prefix_cache_gb is 0, or the bundle's caches are on a GPU, where there is none. "
+                "Open a bundle for the CPU with a larger prefix_cache_gb."
+            )
+        with self._lock:
+            return use(self._prefixes)
+
     def score_pieces(self, token_ids: Sequence[int]) -> Iterator[Float32]:
         """Teacher-forced logits [n, vocab] of consecutive tokens, piece by piece, over caches of their own."""
         cache = self._session.new_caches(self._layouts, self._max_context)
@@ -128,11 +150,22 @@ class Engine:
         request, start = work.request, work.request.position
         # Room for the whole prompt and the first token at once, rather than growing on the way.
         self._reserve(len(request.prompt_ids) + 1)
+        if self._prefixes and not start:
+            known = self._prefixes.restore(request.prompt_ids, work.slot)
+            request.position = request.cached_tokens = known
+            if known:
+                return  # the rest is for the next steps
         tokens = request.prompt_ids[start : start + work.count]
         logits = self._run([tokens], [start], self._cache.slot(work.slot), [[work.count - 1]])
         request.position += work.count
         if request.prefilled:
             self._accept(request, logits[0, 0])
+            self._keep(request, work.slot)
+
+    def _keep(self, request: Request, slot: int) -> None:
+        """Keep the rows of what was read for requests that begin alike, unless they may hold NaN."""
+        if self._prefixes and request.error is None:
+            self._prefixes.store(request.tokens_from(0)[: request.position], slot)
 
     def _decode(self, work: Decode) -> None:
         """One token for every running request, and as many more as were proposed and stand."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from corral.runtime.completion import Completion, Piece
 from corral.runtime.draft_model import DraftModel, check_draft
 from corral.runtime.embedding import EmbeddingTable
 from corral.runtime.engine import MAX_WAITING, STEP_TOKENS, Engine
+from corral.runtime.prefix_file import read_prefix, write_prefix
 from corral.runtime.prompt_lookup import PromptLookup
 from corral.runtime.proposal import Proposer
 from corral.runtime.ready_bundle import chosen_context, longest_context, open_ready, open_session
@@ -47,6 +50,7 @@ class LLM:
         draft: str | Path | Bundle | None = None,  # a smaller model's bundle that guesses the next tokens
         prompt_lookup: bool = False,  # or guess them where the same tokens stood before
         num_speculative_tokens: int = 5,  # of such tokens, at a time
+        prefix_cache_gb: float = 0,  # of cache rows kept for prompts that begin alike
         progress: Progress = silent,
         session: Session | None = None,  # something else that computes the decoder, for experiments and tests
     ) -> None:
@@ -58,6 +62,8 @@ class LLM:
         ):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InputError(f"{name} is {number!r}, expected a whole number of at least 1.")
+        if isinstance(prefix_cache_gb, bool) or not 0 <= prefix_cache_gb < math.inf:
+            raise InputError(f"prefix_cache_gb is {prefix_cache_gb!r}, expected a number of GB, or 0 for none.")
         if draft is not None and prompt_lookup:
             raise InputError("draft and prompt_lookup were both given, expected one: both guess the next tokens.")
         self.bundle = bundle
@@ -84,6 +90,7 @@ class LLM:
             max_waiting=max_waiting,
             proposer=proposer,
             num_proposed=num_speculative_tokens,
+            prefix_bytes=int(prefix_cache_gb * 1e9),
             wide_batches=target_named(bundle.manifest.recipe.target).wide_batches,
         )
 
@@ -123,15 +130,17 @@ class LLM:
         """Answer one conversation or many; `variables` go to the chat template."""
         many = bool(messages) and isinstance(messages, Sequence) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if many else [messages]
-        return self.generate(
-            [self._need_tokenizer().apply_chat_template(c, **variables) for c in conversations], params
-        )
+        return self.generate([self.conversation(c, **variables) for c in conversations], params)
 
     def chat_stream(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
     ) -> Iterator[Piece]:
         """Answer a conversation piece by piece."""
-        return self.stream(self._need_tokenizer().apply_chat_template(messages, **variables), params)
+        return self.stream(self.conversation(messages, **variables), params)
+
+    def conversation(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The prompt that a conversation is, as token ids; `variables` go to the chat template."""
+        return self._need_tokenizer().apply_chat_template(messages, **variables)
 
     def score(self, token_ids: TokenIds) -> Float32:
         """Teacher-forced logits [tokens, vocab]: row t predicts token t + 1. For long texts: `score_pieces`."""
@@ -146,6 +155,26 @@ class LLM:
     def score_pieces(self, token_ids: TokenIds) -> Iterator[Float32]:
         """`score` as consecutive blocks [n, vocab], so that a long text's logits are never all in memory."""
         return self._engine.score_pieces(self._check_ids(token_ids))
+
+    def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
+        """Write the cache rows of a prompt that was run before to a file; returns how many of its tokens they are.
+
+        Raises InputError where there is no prefix cache, or nothing of the prompt in it.
+        """
+        ids = self._prompt_ids(prompt)
+        return self._engine.with_prefixes(lambda known: write_prefix(Path(path), self._digest, ids, known))
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Take the cache rows of a file that this bundle wrote; returns the tokens that need not be computed again.
+
+        Raises InputError for a file that is damaged, of another bundle or larger than the prefix cache.
+        """
+        return self._engine.with_prefixes(lambda known: read_prefix(Path(path), self._digest, known))
+
+    @property
+    def _digest(self) -> str:
+        """What tells this bundle's cache rows from another's: the manifest names the SHA-256 of every file."""
+        return hashlib.sha256(self.bundle.manifest.dumps().encode()).hexdigest()
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

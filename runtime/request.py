@@ -32,6 +32,7 @@ class Request:
     ) -> None:
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.position = 0  # tokens in the cache
+        self.cached_tokens = 0  # of these, how many the prefix cache had
         self.output_ids: list[int] = []
         self.pieces: deque[Piece] = deque()
         self.finish_reason: FinishReason | None = None
@@ -113,6 +114,7 @@ class Request:
                 first_token=self._arrivals[0] if self._arrivals else 0.0,
                 total=self._arrivals[-1] if self._arrivals else 0.0,
                 num_tokens=len(self.output_ids),
+                cached_tokens=self.cached_tokens,
                 between_tokens=tuple(later - earlier for earlier, later in pairwise(self._arrivals)),
             ),
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from corral.runtime import LLM
 from corral.runtime.draft_model import DraftModel
 from corral.runtime.engine import Engine
 from corral.runtime.kv_cache import KvCache
@@ -22,6 +24,7 @@ from corral.runtime.sampler import Candidates
 from corral.runtime.sampling_params import SamplingParams
 from corral.runtime.session import Step
 from corral.runtime.speculative_sampling import accept_or_replace
+from corral.spec.errors import InputError
 from corral.spec.kv_layout import kv_layouts
 from corral.spec.model_config import ModelConfig
 
@@ -202,7 +205,7 @@ def test_a_drawn_token_becomes_one_of_the_target_exactly() -> None:
     shares = (Fraction(5, 8), Fraction(2, 8), Fraction(1, 8))
     draft = Candidates(np.arange(3), np.array([10.0, 4.0, 2.0]))
     target = Candidates(np.array([0, 1, 3]), np.array([1.0, 3.0, 4.0]))  # lacks token 2, has one that the draft lacks
-    found: Counter[int] = Counter()
+    found: defaultdict[int, Fraction] = defaultdict(Fraction)
     for token, share in enumerate(shares):
         for uniforms in itertools.product(grid, grid):
             generator: Any = Given(*uniforms)
@@ -287,3 +290,25 @@ def test_with_a_draft_texts_are_distributed_as_without(chain: Callable[..., Engi
         expected = count * step[0, a] * step[a, b] * step[b, c]
         statistic += (texts[a, b, c] - expected) ** 2 / expected
     assert statistic < 103.4
+
+
+def test_a_draft_of_another_vocabulary_is_refused(make_bundle: Any, session: Any, config: ModelConfig) -> None:
+    bundle = make_bundle()
+    wider = make_bundle("wider", model=dataclasses.replace(config, vocab_size=300))
+    with pytest.raises(InputError, match=r"wider has 300 token ids, and .*bundle has 264"):
+        LLM(bundle, session=session, draft=wider)
+    other = make_bundle("other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(
+        text.replace('"A":', '"~~":').replace('"~":', '"A":').replace('"~~":', '"~":')
+    )
+    with pytest.raises(InputError, match=r"other has another tokenizer than .*bundle"):
+        LLM(bundle, session=session, draft=other, verify=False)
+
+
+def test_impossible_wishes_are_refused(make_bundle: Any, session: Any) -> None:
+    bundle = make_bundle()
+    with pytest.raises(InputError, match="expected one"):
+        LLM(bundle, session=session, draft=bundle, prompt_lookup=True)
+    with pytest.raises(InputError, match="num_speculative_tokens is 0"):
+        LLM(bundle, session=session, prompt_lookup=True, num_speculative_tokens=0)
