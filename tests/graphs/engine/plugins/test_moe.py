@@ -194,7 +194,7 @@ def test_a_build_gets_the_launches_of_the_plan(weights: str, top_k: int, tokens:
     stored += [(scale[weights], (16, 1024, 40, 8, 2))] if weights in scale else []
     tables: list[Input] = [(whole, (visits,)), (single, (visits,)), (whole, (17,))]
     calls: dict[str, tuple[list[Input], list[tuple[int, ...]]]] = {
-        "moe_route": ([(half, (tokens, 16))], [(visits,), (visits,), (visits,), (17,)]),
+        "moe_route": ([(single, (tokens, 16))], [(visits,), (visits,), (visits,), (17,)]),
         f"moe_gate_up_{weights}": ([(half, (tokens, 5120)), *tables, *stored], [(visits, 8192)]),
         f"moe_down_{weights}": ([(half, (visits, 8192)), tables[0], tables[2], *stored], [(visits, 5120)]),
     }
