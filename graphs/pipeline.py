@@ -18,6 +18,7 @@ from corral.graphs.lower.tensorrt.capacity import fix_capacity
 from corral.graphs.lower.tensorrt.fp8 import lower_fp8_matmul
 from corral.graphs.lower.tensorrt.join_matmul import join_matmul
 from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
+from corral.graphs.lower.tensorrt.plugin_moe import lower_plugin_moe
 from corral.graphs.lower.tensorrt.precision import lower_precision
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
 from corral.graphs.passes.clean_up import clean_up
@@ -50,6 +51,7 @@ TENSORRT = Phase(
         gather_logit_rows,
         clean_up,
         lower_precision,
+        lower_plugin_moe,
         clean_up,
         name_nodes,
     ),
