@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,14 @@ import torch
 from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from safetensors.torch import load_file, save_file
 
 from corral.cli.main import main
 from corral.graphs import compile
+from corral.graphs.engine import build
 from corral.graphs.engine.kernels.launch import buffers, tiling_for
 from corral.graphs.engine.plugins.moe import NAMESPACE, PLUGINS, Plugin
+from corral.graphs.engine.worker import EngineJob
 from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
@@ -31,16 +35,15 @@ from corral.runtime import LLM
 from corral.runtime.kv_cache import KvCache
 from corral.runtime.session import Step
 from corral.spec import graph_io
-from corral.spec.bundle import Bundle, open_bundle
+from corral.spec.bundle import Bundle
+from corral.spec.errors import CheckFailed
 from corral.spec.kv_layout import KvLayout
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
 
 TOLERANCE = 4e-3  # of the logits' scale, as in test_lowering.py: float16 has 11 bits
-CODES = onnx.TensorProto.INT8
 Checkpoint = Callable[[str], Path]
 RunOnCpu = Callable[..., None]
-TinyBundle = Callable[[str, str, str], Path]
 
 
 def as_operator(plugin: Plugin, run_on_cpu: RunOnCpu) -> type[OpRun]:
@@ -179,3 +182,80 @@ def test_the_graph_with_plugins_computes_what_pytorch_computes(
     assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
     llm = LLM(bundle, session=Evaluator(bundle, run_on_cpu), max_context=64)
     assert np.abs(llm.score(ids[:1]) - want[:1]).max() < TOLERANCE * np.abs(want).max()
+
+
+def initializers(bundle: Bundle) -> dict[str, onnx.TensorProto]:
+    return {tensor.name: tensor for tensor in graph_of(bundle).initializer}
+
+
+@pytest.mark.parametrize("weights", ["int4", "fp8", "fp16"])
+def test_no_expert_is_stored_as_float_or_twice(weights: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As many bytes as the bits say, in the coverage table and in the graph, and none behind a DequantizeLinear."""
+    bundle = compiled(tiny_checkpoint("scout"), tmp_path / "out", weights)
+    (experts,) = (row for row in bundle.manifest.coverage if row.kind == "experts")
+    numbers, outputs = 5 * 8 * 3 * 64 * 64, 5 * 8 * 3 * 64
+    assert experts.stored == {"int4": "int4 g32", "fp8": "fp8 per output", "fp16": "float16"}[weights]
+    scales = {"int4": numbers // 32 * 2, "fp8": outputs * 4, "fp16": 0}[weights]
+    assert experts.bytes == numbers * {"int4": 4, "fp8": 8, "fp16": 16}[weights] // 8 + scales
+    stored = {name: tensor for name, tensor in initializers(bundle).items() if ".experts." in name}
+    lengths = [int(place.value) for t in stored.values() for place in t.external_data if place.key == "length"]
+    assert sum(lengths) == experts.bytes
+    (readers,) = {frozenset(n.domain for n in graph_of(bundle).node if name in n.input) for name in stored}
+    assert readers == {NAMESPACE}
+
+
+@pytest.mark.parametrize(
+    ("form", "more"), [("scout", {"expert_tiles": 1}), ("narrow", {}), ("guard", {})], ids=["asked", "narrow", "dense"]
+)
+def test_what_plugins_do_not_cover_is_lowered_without_them(
+    form: str, more: dict[str, Any], tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("scout" if form == "narrow" else form)
+    if form == "narrow":  # 32 columns are no whole tile of the kernels
+        checkpoint = narrowed(checkpoint, tmp_path / "narrow")
+    graph = graph_of(compiled(checkpoint, tmp_path / "out", "int4", **more))
+    assert {node.domain for node in graph.node} == {""}
+
+
+def narrowed(checkpoint: Path, out: Path) -> Path:
+    """The checkpoint with experts of half their width."""
+    shutil.copytree(checkpoint, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "shared_expert.down" in name:
+            tensors[name] = tensor[:, :32].contiguous()
+        elif "shared_expert" in name or "experts.down" in name:
+            tensors[name] = tensor.narrow(-2, 0, 32).contiguous()
+        elif "experts.gate_up" in name:
+            tensors[name] = tensor.narrow(-1, 0, 64).contiguous()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_a_module_without_plugins_is_refused_with_what_to_do(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    bundle = compiled(tiny_checkpoint("scout"), tmp_path / "out", "int4")
+    done = CliRunner().invoke(main, ["build", str(bundle.directory), "--gpu", "8.9", "--target", "tensorrt-rtx"])
+    assert done.exit_code == 2
+    words = " ".join(done.output.split())
+    assert "corral's own kernels (moe_route, moe_gate_up_int4, moe_down_int4)" in words
+    assert "tensorrt_rtx takes no kernels of others. Compile the checkpoint with --target tensorrt-rtx" in words
+    assert not list(bundle.directory.glob("*.engine*"))
+
+
+def test_a_build_compiles_plugins_for_its_gpu(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = compiled(tiny_checkpoint("scout"), tmp_path / "out", "int4")
+    seen: list[EngineJob] = []
+
+    def run(job: EngineJob, directory: Path) -> Any:
+        seen.append(job)
+        raise CheckFailed("enough")
+
+    monkeypatch.setattr(build, "_run", run)
+    settings = build.EngineSettings(module="tensorrt", capabilities=("9.0",), profiles=())
+    with pytest.raises(CheckFailed, match="enough"):
+        build.build_engine(bundle.directory / "decoder.onnx", "decoder.engine", settings)
+    assert seen[0].plugins == "compute_90"
