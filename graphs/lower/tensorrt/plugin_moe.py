@@ -132,7 +132,7 @@ def _store(work: ModelAndPlan, name: str, experts: _Stored, shape: MoeShape) -> 
     values = {}
     for part, entry, layout in layouts:
         dtype, extent = buffers(shape, 1)[name + part]
-        _unlink(work.graph.initializers[entry.name])
+        work.unlink(entry)
         (values[name + part],) = work.replace_weight(
             entry,
             dataclasses.replace(
@@ -157,12 +157,6 @@ def _in_runs(piece: Source) -> Source:
 def _quantizer(entry: Entry) -> tuple[Step, ...]:
     """The step that made codes and scales, without what only serves another layout; none where values are stored."""
     return tuple(step for step in entry.steps if step.output)
-
-
-def _unlink(initializer: ir.Value) -> None:
-    """Take a weight from the nodes that dequantized it, which nothing uses any more."""
-    for use in list(initializer.uses()):
-        use.node.replace_input_with(use.idx, None)
 
 
 def _before_cast(value: ir.Value | None) -> ir.Value | None:
