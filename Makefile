@@ -1,7 +1,7 @@
 # Every target is one command on a fresh machine with Python 3.11 or newer, pip and make.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 VENV := .venv
 # The interpreter that makes .venv; by default the first of these that is new enough. PYTHON=... overrides.
@@ -18,6 +18,15 @@ demo: $(VENV)/installed-compile ## Compile the small demo model to fp32, int8 an
 
 test: lint ## Lint, then all tests
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Where the peer is built and the models are written: about 50 GB, used again.
+BENCH ?= /var/tmp/corral-bench
+bench: $(VENV)/installed-dev ## Beside llama.cpp on this CPU, three shapes: hours on a quiet machine; BENCH=directory
+	@for shape in demo half wide; do \
+		$(VENV)/bin/python benchmarks/cpu.py --shape $$shape --work $(BENCH) --json >$(VENV)/bench.json || exit 1; \
+		cp $(VENV)/bench.json benchmarks/results/cpu-$$shape.json; \
+	done
+	$(VENV)/bin/python benchmarks/cpu_summary.py
 
 lint: $(VENV)/installed-dev ## Style, types, import layers
 	$(VENV)/bin/ruff check

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from corral.graphs.lower.corral_cpu.experts import lower_int4_experts
-from corral.graphs.lower.corral_cpu.feed_forward import fuse_int4_feed_forward
-from corral.graphs.lower.corral_cpu.matmul import lower_int4_matmul
+from corral.graphs.lower.corral_cpu import experts as corral_experts
+from corral.graphs.lower.corral_cpu import matmul as corral_matmul
+from corral.graphs.lower.corral_cpu.feed_forward import fuse_feed_forward
 from corral.graphs.lower.onnxruntime.attention import lower_attention
 from corral.graphs.lower.onnxruntime.matmul import lower_matmul
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_matmul
@@ -65,10 +65,9 @@ LOWER: dict[str, Phase] = {
         "lower",
         (
             lower_attention,
-            lower_int4_experts,
-            lower_int4_matmul,
-            lower_matmul,
-            fuse_int4_feed_forward,
+            corral_experts.lower_experts,
+            corral_matmul.lower_matmul,
+            fuse_feed_forward,
             merge_matmul,
             clean_up,
             name_nodes,

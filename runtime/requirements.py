@@ -44,12 +44,14 @@ def check_requirements(requires: Mapping[str, str]) -> None:
             )
 
 
-def _check_library(minimum: str) -> None:
+def _check_library(version: str) -> None:
+    """A library has the operators of its own version only, unlike a package."""
     library = find_library()
-    if not minimum.isdigit() or library.version < int(minimum):
+    if version != str(library.version):
+        older = version.isdigit() and int(version) < library.version
+        remedy = "Compile the checkpoint again with this version of corral." if older else "Install a newer corral."
         raise EnvironmentProblem(
-            f"corral's CPU kernels ({library.path}) have version {library.version}; this bundle needs {minimum[:20]}. "
-            "Install a newer corral."
+            f"corral's CPU kernels ({library.path}) have version {library.version}; this bundle needs {version[:20]}. {remedy}"
         )
 
 

@@ -69,8 +69,8 @@ class Recipe:
                 f'kernels "{self.kernels}" are not known for target {target.name}; expected one of '
                 f"{', '.join(target.kernels)}."
             )
-        if self.kernels == "corral" and scheme.name != "int4":
-            raise InputError(f'kernels "corral" compute int4 weights, not {scheme.name}. Use --kernels stock.')
+        if self.kernels == "corral" and not scheme.is_quantized:
+            raise InputError(f'kernels "corral" compute int4 and int8 weights, not {scheme.name}. Use --kernels stock.')
         if self.stages < 1 or self.stage_gb < 0:
             raise InputError(
                 f"stages is {self.stages} and stage_gb {self.stage_gb}; expected at least 1 stage, and a limit in GB "

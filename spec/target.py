@@ -21,7 +21,9 @@ class Target:
     weights: tuple[str, ...]
     requires: tuple[tuple[str, str], ...]  # (distribution, minimum version)
     opset: int  # of the default ONNX domain
-    kernels: tuple[str, ...] = ("stock",)  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4
+    kernels: tuple[str, ...] = (
+        "stock",
+    )  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4 and int8
     kv_dtype: str = "float32"  # of the caches
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds

@@ -19,7 +19,8 @@ def as_recipe(recipe: Recipe, chosen: Mapping[Part, Choice]) -> Recipe:
     What corral's kernels do not compute cannot be the recipe's own; the embedding has a rule of its own or is as published.
     """
     matrices = [choice for part, choice in chosen.items() if not part.is_table]
-    base = _most_frequent([one for one in matrices if recipe.kernels == "stock" or one.weights == "int4"] or matrices)
+    quantized = [one for one in matrices if scheme_named(one.weights).is_quantized]
+    base = _most_frequent((quantized if recipe.kernels == "corral" else matrices) or matrices)
     rules = []
     for kind in dict.fromkeys(part.kind for part in chosen):
         alike = {part: choice for part, choice in chosen.items() if part.kind == kind and not part.is_table}

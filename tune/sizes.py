@@ -19,7 +19,7 @@ from corral.tune.parts import Part
 from corral.tune.recipe_file import as_recipe
 
 Storage = tuple[str, int]  # weights, group size
-SCALE_BITS, TILED_SCALE_BITS = 32, 16  # the second where corral's kernels compute int4
+SCALE_BITS, TILED_SCALE_BITS = 32, 16  # the second where corral's kernels compute
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sizes:
         """A part's codes and scales, or floats, without what alignment adds."""
         weights, group = storage
         bits = scheme_named(weights).bits
-        tiled = self.recipe.kernels == "corral" and weights == "int4" and not part.is_table
+        tiled = self.recipe.kernels == "corral" and not part.is_table
         if bits is None:
             per_weight = float(ITEM_BITS[embedding_entry(self.checkpoint).dtype if part.is_table else "float32"])
         else:
@@ -44,7 +44,7 @@ class Sizes:
     def fits(self, part: Part, storage: Storage) -> bool:
         """Whether the group size divides the inputs of all of a part's matrices, and there are kernels for it."""
         weights, group = storage
-        if self.recipe.kernels == "corral" and part.is_experts and weights != "int4":
+        if self.recipe.kernels == "corral" and part.is_experts and not scheme_named(weights).is_quantized:
             return False
         inputs = (pieces_of(self.checkpoint, name)[0].shape[-1] for name in part.parameters)
         return not scheme_named(weights).is_quantized or all(count % group == 0 for count in inputs)

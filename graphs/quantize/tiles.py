@@ -9,15 +9,16 @@ from corral.spec.cpu_ops import TILE_OUTPUTS
 from corral.spec.errors import InputError
 
 
-def tile_codes(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """4-bit codes [outputs, inputs] -> bytes [outputs / 16, 8 * inputs].
+def tile_codes(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.uint8]:
+    """Codes [outputs, inputs] of 4 or 8 bits -> bytes [outputs / 16, 2 * bits * inputs].
 
-    For each 8 inputs k … k+7 a tile has 64 bytes: byte 4r + c is code[r, k + c] | code[r, k + 4 + c] << 4.
+    8 bits: for each 4 inputs k … k+3 a tile has 64 bytes, and byte 4r + c is code[r, k + c]. 4 bits: for each 8 inputs
+    k … k+7 it has 64 bytes, and byte 4r + c is code[r, k + c] | code[r, k + 4 + c] << 4.
     """
     outputs, inputs = codes.shape
-    tiles = codes.reshape(outputs // TILE_OUTPUTS, TILE_OUTPUTS, inputs // 8, 2, 4)
-    packed = tiles[:, :, :, 0] | (tiles[:, :, :, 1] << np.uint8(4))
-    return np.ascontiguousarray(packed.transpose(0, 2, 1, 3)).reshape(outputs // TILE_OUTPUTS, 8 * inputs)
+    fours = codes.reshape(outputs // TILE_OUTPUTS, TILE_OUTPUTS, inputs // 4, 4)
+    stored = fours if bits == 8 else fours[:, :, 0::2] | (fours[:, :, 1::2] << np.uint8(4))
+    return np.ascontiguousarray(stored.transpose(0, 2, 1, 3)).reshape(outputs // TILE_OUTPUTS, 2 * bits * inputs)
 
 
 def tile_scales(scales: NDArray[np.float32]) -> NDArray[np.float16]:

@@ -30,13 +30,13 @@ class Activations {
       : inputs_(inputs),
         codes_(rows * inputs.count),
         scales_(rows * (inputs.count / inputs.group)),
-        offsets_(rows * (inputs.count / inputs.group)) {}
+        sums_(rows * (inputs.count / inputs.group)) {}
 
   Inputs inputs() const { return inputs_; }
 
   Panel panel(const PanelPlace& place) const {
     const int64_t group = place.first * (inputs_.count / inputs_.group);
-    return {codes_.get() + place.first * inputs_.count, scales_.get() + group, offsets_.get() + group, place.rows};
+    return {codes_.get() + place.first * inputs_.count, scales_.get() + group, sums_.get() + group, place.rows};
   }
 
   // Quantizes every row; `row_of(i)` is where row i lies, `gain_of(i)` what multiplies it. Throws where a value is not
@@ -62,7 +62,7 @@ class Activations {
   Inputs inputs_;
   Buffer<int8_t> codes_;
   Buffer<float> scales_;
-  Buffer<int32_t> offsets_;
+  Buffer<int32_t> sums_;
 };
 
 }  // namespace corral

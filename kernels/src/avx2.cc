@@ -13,26 +13,26 @@
 namespace corral {
 namespace {
 
-// Products of 4-bit by 8-bit codes fit 16 bits in sums of 8: |15 * 127 * 8| = 15240 for each of the two that
-// maddubs adds, 30480 together. So 32 inputs are summed in 16 bits before they are widened.
-constexpr int64_t kNarrow = 32;
-
 inline __m256i broadcast(const int8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof word);
   return _mm256_set1_epi32(word);
 }
 
-// `Rows` rows of the panel from `row` on; a tile's 16 outputs are two vectors of 8.
-template <int Rows>
-inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs inputs, float* y, int64_t row_stride) {
-  const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256 total[Rows][2];
-  for (auto& t : total) t[0] = t[1] = _mm256_setzero_ps();
-  for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
-    const int64_t first = group * inputs.group, at = group * panel.rows + row;
-    __m256i sum[Rows][2];
-    for (int i = 0; i < Rows; i++) sum[i][0] = sum[i][1] = _mm256_set1_epi32(panel.offsets[at + i]);
+// Both below give sum((w - zero) * x) over one group of inputs from `first` on, of a tile and `Rows` rows of the panel from
+// `row` on; a tile's 16 outputs are two vectors of 8.
+
+struct Nibbles {
+  // Products of 4-bit by 8-bit codes fit 16 bits in sums of 8: |15 * 127 * 8| = 15240 for each of the two that
+  // maddubs adds, 30480 together. So 32 inputs are summed in 16 bits before they are widened.
+  static constexpr int64_t kNarrow = 32;
+
+  template <int Rows>
+  static inline void products(const Tile& tile, const Panel& panel, int64_t row, int64_t first, Inputs inputs,
+                              __m256i (&sum)[Rows][2]) {
+    const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const int64_t at = first / inputs.group * panel.rows + row;
+    for (int i = 0; i < Rows; i++) sum[i][0] = sum[i][1] = _mm256_set1_epi32(-8 * panel.sums[at + i]);
     for (int64_t part = first; part < first + inputs.group; part += kNarrow) {
       __m256i narrow[Rows][2];
       for (auto& n : narrow) n[0] = n[1] = _mm256_setzero_si256();
@@ -54,6 +54,39 @@ inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs i
         }
       }
     }
+  }
+};
+
+struct Bytes {
+  // maddubs takes one factor unsigned: the weight's magnitude, at most 128, whose sign goes to the activation. Two products,
+  // at most 2 * 128 * 127 = 32512, just fit 16 bits.
+  template <int Rows>
+  static inline void products(const Tile& tile, const Panel& panel, int64_t row, int64_t first, Inputs inputs,
+                              __m256i (&sum)[Rows][2]) {
+    const __m256i zero_point = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+    for (auto& s : sum) s[0] = s[1] = _mm256_setzero_si256();
+    for (int64_t k = first; k < first + inputs.group; k += 4) {
+      const int8_t* x = panel.codes + k * panel.rows + 4 * row;
+      for (int half = 0; half < 2; half++) {
+        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.codes + 16 * k + 32 * half));
+        const __m256i w = _mm256_xor_si256(codes, zero_point), magnitude = _mm256_abs_epi8(w);
+        for (int i = 0; i < Rows; i++) {
+          const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(broadcast(x + 4 * i), w));
+          sum[i][half] = _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+  }
+};
+
+template <class Codes, int Rows>
+inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs inputs, float* y, int64_t row_stride) {
+  __m256 total[Rows][2];
+  for (auto& t : total) t[0] = t[1] = _mm256_setzero_ps();
+  for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
+    const int64_t at = group * panel.rows + row;
+    __m256i sum[Rows][2];
+    Codes::template products<Rows>(tile, panel, row, group * inputs.group, inputs, sum);
     for (int half = 0; half < 2; half++) {
       const uint16_t* scales = tile.scales + group * kTileOutputs + 8 * half;
       const __m256 weight_scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
@@ -69,21 +102,24 @@ inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs i
   }
 }
 
+template <class Codes>
 void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
   int64_t row = 0;
-  for (; row + 4 <= panel.rows; row += 4) multiply<4>(tile, panel, row, inputs, y + row * row_stride, row_stride);
-  for (; row + 2 <= panel.rows; row += 2) multiply<2>(tile, panel, row, inputs, y + row * row_stride, row_stride);
-  if (row < panel.rows) multiply<1>(tile, panel, row, inputs, y + row * row_stride, row_stride);
+  for (; row + 4 <= panel.rows; row += 4) multiply<Codes, 4>(tile, panel, row, inputs, y + row * row_stride, row_stride);
+  for (; row + 2 <= panel.rows; row += 2) multiply<Codes, 2>(tile, panel, row, inputs, y + row * row_stride, row_stride);
+  if (row < panel.rows) multiply<Codes, 1>(tile, panel, row, inputs, y + row * row_stride, row_stride);
 }
 
+template <class Codes>
 void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
-  one_tile(first, panel, inputs, y, row_stride);
-  one_tile(second, panel, inputs, y + kTileOutputs, row_stride);
+  one_tile<Codes>(first, panel, inputs, y, row_stride);
+  one_tile<Codes>(second, panel, inputs, y + kTileOutputs, row_stride);
 }
 
 }  // namespace
 
-extern const Kernels kAvx2{quantize_row, one_tile, two_tiles, swiglu_rows};
+extern const Kernels kAvx2{
+    quantize_row, {one_tile<Nibbles>, two_tiles<Nibbles>}, {one_tile<Bytes>, two_tiles<Bytes>}, swiglu_rows};
 
 }  // namespace corral
 #if defined(__clang__)

@@ -22,12 +22,34 @@ inline __m512i broadcast(const int8_t* codes) {
   return _mm512_set1_epi32(word);
 }
 
+// A tile's codes of 8 inputs: of the first 4 and of the others.
+struct Nibbles {
+  static constexpr int64_t kBytesOf8 = 64;
+  static constexpr int32_t kZero = 8;
+
+  static inline void load(const uint8_t* codes, __m512i& low, __m512i& high) {
+    const __m512i w = _mm512_loadu_si512(codes), low_half = _mm512_set1_epi8(15);
+    low = _mm512_and_si512(w, low_half);
+    high = _mm512_and_si512(_mm512_srli_epi16(w, 4), low_half);
+  }
+};
+
+struct Bytes {
+  static constexpr int64_t kBytesOf8 = 128;
+  static constexpr int32_t kZero = 128;
+
+  static inline void load(const uint8_t* codes, __m512i& low, __m512i& high) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + 64 + kPrefetchBytes), _MM_HINT_T0);
+    low = _mm512_loadu_si512(codes);
+    high = _mm512_loadu_si512(codes + 64);
+  }
+};
+
 // A panel of exactly `Rows` rows by `Tiles` tiles; a tile's 16 outputs are one vector.
-template <int Rows, int Tiles>
+template <class Codes, int Rows, int Tiles>
 inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
   // Few accumulators would wait for each other: then low and high halves are summed apart.
   constexpr bool apart = Rows * Tiles <= 4;
-  const __m512i low_half = _mm512_set1_epi8(15);
   __m512 total[Rows][Tiles];
   for (auto& row : total) {
     for (__m512& t : row) t = _mm512_setzero_ps();
@@ -37,17 +59,17 @@ inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float
     __m512i sum[Rows][Tiles], sum_high[apart ? Rows : 1][Tiles];
     for (int i = 0; i < Rows; i++) {
       for (int t = 0; t < Tiles; t++) {
-        sum[i][t] = _mm512_set1_epi32(panel.offsets[at + i]);
+        sum[i][t] = _mm512_set1_epi32(-Codes::kZero * panel.sums[at + i]);
         if (apart) sum_high[apart ? i : 0][t] = _mm512_setzero_si512();
       }
     }
     for (int64_t k = first; k < first + inputs.group; k += 8) {
       const int8_t *x_low = panel.codes + k * Rows, *x_high = x_low + 4 * Rows;
       for (int t = 0; t < Tiles; t++) {
-        const uint8_t* codes = tiles[t].codes + 8 * k;
+        const uint8_t* codes = tiles[t].codes + k / 8 * Codes::kBytesOf8;
         _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
-        const __m512i w = _mm512_loadu_si512(codes);
-        const __m512i low = _mm512_and_si512(w, low_half), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), low_half);
+        __m512i low, high;
+        Codes::load(codes, low, high);
         for (int i = 0; i < Rows; i++) {
           sum[i][t] = _mm512_dpbusd_epi32(sum[i][t], low, broadcast(x_low + 4 * i));
           __m512i& into = apart ? sum_high[apart ? i : 0][t] : sum[i][t];
@@ -70,39 +92,46 @@ inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float
   }
 }
 
-template <int Rows>
+template <class Codes, int Rows>
 void one(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
-  multiply<Rows, 1>(tiles, panel, inputs, y, row_stride);
+  multiply<Codes, Rows, 1>(tiles, panel, inputs, y, row_stride);
 }
 
 // Both tiles at once while accumulators and totals fit 32 registers.
-template <int Rows>
+template <class Codes, int Rows>
 void two(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
   if constexpr (Rows <= 6) {
-    multiply<Rows, 2>(tiles, panel, inputs, y, row_stride);
+    multiply<Codes, Rows, 2>(tiles, panel, inputs, y, row_stride);
   } else {
-    multiply<Rows, 1>(tiles, panel, inputs, y, row_stride);
-    multiply<Rows, 1>(tiles + 1, panel, inputs, y + kTileOutputs, row_stride);
+    multiply<Codes, Rows, 1>(tiles, panel, inputs, y, row_stride);
+    multiply<Codes, Rows, 1>(tiles + 1, panel, inputs, y + kTileOutputs, row_stride);
   }
 }
 
 using ByRows = void (*)(const Tile*, const Panel&, Inputs, float*, int64_t);
-constexpr ByRows kOne[] = {one<1>, one<2>, one<3>, one<4>, one<5>, one<6>, one<7>, one<8>, one<9>, one<10>, one<11>, one<12>};
-constexpr ByRows kTwo[] = {two<1>, two<2>, two<3>, two<4>, two<5>, two<6>, two<7>, two<8>, two<9>, two<10>, two<11>, two<12>};
-static_assert(sizeof kOne / sizeof *kOne == kPanelRows && sizeof kTwo / sizeof *kTwo == kPanelRows);
+template <class C>
+constexpr ByRows kOne[] = {one<C, 1>, one<C, 2>, one<C, 3>, one<C, 4>,  one<C, 5>,  one<C, 6>,
+                           one<C, 7>, one<C, 8>, one<C, 9>, one<C, 10>, one<C, 11>, one<C, 12>};
+template <class C>
+constexpr ByRows kTwo[] = {two<C, 1>, two<C, 2>, two<C, 3>, two<C, 4>,  two<C, 5>,  two<C, 6>,
+                           two<C, 7>, two<C, 8>, two<C, 9>, two<C, 10>, two<C, 11>, two<C, 12>};
+static_assert(sizeof kOne<Nibbles> / sizeof(ByRows) == kPanelRows && sizeof kTwo<Nibbles> / sizeof(ByRows) == kPanelRows);
 
+template <class Codes>
 void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
-  kOne[panel.rows - 1](&tile, panel, inputs, y, row_stride);
+  kOne<Codes>[panel.rows - 1](&tile, panel, inputs, y, row_stride);
 }
 
+template <class Codes>
 void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
   const Tile tiles[] = {first, second};
-  kTwo[panel.rows - 1](tiles, panel, inputs, y, row_stride);
+  kTwo<Codes>[panel.rows - 1](tiles, panel, inputs, y, row_stride);
 }
 
 }  // namespace
 
-extern const Kernels kAvx512Vnni{quantize_row, one_tile, two_tiles, swiglu_rows};
+extern const Kernels kAvx512Vnni{
+    quantize_row, {one_tile<Nibbles>, two_tiles<Nibbles>}, {one_tile<Bytes>, two_tiles<Bytes>}, swiglu_rows};
 
 }  // namespace corral
 #if defined(__clang__)

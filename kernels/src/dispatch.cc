@@ -5,8 +5,24 @@
 
 #include "ort_api.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace corral {
 namespace {
+
+#if defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  return true;  // every one that runs macOS
+#else
+  return false;
+#endif
+}
+#endif
 
 // Best first.
 const InstructionSet kInstructionSets[] = {
@@ -18,6 +34,8 @@ const InstructionSet kInstructionSets[] = {
               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      }},
     {"avx2", &kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#elif defined(__aarch64__)
+    {"neon_dotprod", &kNeonDotprod, has_dotprod},
 #endif
     {"portable", &kPortable, [] { return true; }},
 };

@@ -51,7 +51,7 @@ inline bool quantize_row(const float* x, float gain, Inputs inputs, const Panel&
     int8_t* out = panel.codes + (group * inputs.group * panel.rows + 4 * row);
     for (int64_t k = 0; k < inputs.group; k += 4) std::memcpy(out + k * panel.rows, codes + k, 4);
     panel.scales[group * panel.rows + row] = largest < kNothing ? 0.0f : largest / 127.0f * gain;
-    panel.offsets[group * panel.rows + row] = -8 * sum;
+    panel.sums[group * panel.rows + row] = sum;
   }
   return true;
 }

@@ -26,7 +26,8 @@ void cut_by_expert(const std::vector<Visit>& visits, std::vector<PanelPlace>& pl
 }  // namespace
 
 FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank) {
-  const FeedForward weights{read_weights(api, info, first, rank, "gate_up"), read_weights(api, info, first + 2, rank, "down")};
+  const FeedForward weights{read_weights(api, info, first, rank, "gate_up_bits", "gate_up"),
+                            read_weights(api, info, first + 2, rank, "down_bits", "down")};
   const Weights &gate_up = weights.gate_up, &down = weights.down;
   if (gate_up.tiles % 2 || down.inputs.count != weights.width() || down.outputs() != weights.hidden() ||
       gate_up.experts != down.experts) {
@@ -43,6 +44,7 @@ FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, 
 void feed_forward(const Kernels& kernels, const ort::Workers& workers, const FeedForward& weights, const float* x,
                   const std::vector<Visit>& visits, float* answers) {
   const Weights &gate_up = weights.gate_up, &down = weights.down;
+  const Products &into = gate_up.products(kernels), &back = down.products(kernels);
   const int64_t rows = int64_t(visits.size()), hidden = weights.hidden(), width = weights.width();
   std::vector<PanelPlace> places;
   std::vector<ExpertPanels> experts;
@@ -63,8 +65,8 @@ void feed_forward(const Kernels& kernels, const ort::Workers& workers, const Fee
     for (size_t p = mine.first; p < mine.end; p++) {
       const Panel panel = tokens.panel(places[p]);
       for (int64_t t = begin; t < end; t++) {
-        kernels.two_tiles(gate_up.tile(mine.expert, t), gate_up.tile(mine.expert, pairs + t), panel, gate_up.inputs, both,
-                          2 * kTileOutputs);
+        into.two_tiles(gate_up.tile(mine.expert, t), gate_up.tile(mine.expert, pairs + t), panel, gate_up.inputs, both,
+                       2 * kTileOutputs);
         kernels.swiglu(both, panel.rows, h.get() + places[p].first * width + t * kTileOutputs, width);
       }
     }
@@ -85,10 +87,10 @@ void feed_forward(const Kernels& kernels, const ort::Workers& workers, const Fee
       for (int64_t t = begin; t < end; t += 2) {
         const bool two = t + 2 <= end;
         if (two) {
-          kernels.two_tiles(down.tile(mine.expert, t), down.tile(mine.expert, t + 1), panel, down.inputs, both,
-                            2 * kTileOutputs);
+          back.two_tiles(down.tile(mine.expert, t), down.tile(mine.expert, t + 1), panel, down.inputs, both,
+                         2 * kTileOutputs);
         } else {
-          kernels.one_tile(down.tile(mine.expert, t), panel, down.inputs, both, 2 * kTileOutputs);
+          back.one_tile(down.tile(mine.expert, t), panel, down.inputs, both, 2 * kTileOutputs);
         }
         for (int64_t row = 0; row < panel.rows; row++) {
           const float* from = both + row * 2 * kTileOutputs;

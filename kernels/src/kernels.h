@@ -1,12 +1,14 @@
 // What an instruction set must implement, and the two layouts its kernels read. Included by every kernel file, so it
 // holds no inline function (see dispatch.h).
 //
-// Weights are stored in *tiles* of 16 outputs, the same for every instruction set. For each 8 inputs k..k+7 a tile has
-// 64 bytes; byte 4 r + c holds the code of output r and input k + c in its low half, of input k + 4 + c in its high half.
-// Codes have the zero point 8. A tile's scales are fp16 [inputs / group, 16].
+// Weights are stored in *tiles* of 16 outputs, the same for every instruction set.
+//   8 bits: for each 4 inputs k..k+3 a tile has 64 bytes; byte 4 r + c is the code of output r and input k + c.
+//   4 bits: for each 8 inputs k..k+7 a tile has 64 bytes; byte 4 r + c holds the code of output r and input k + c in its low
+//           half, of input k + 4 + c in its high half.
+// Codes have the zero point 128 or 8. A tile's scales are fp16 [inputs / group, 16].
 //
 // Activations are int8 in *panels* of up to 12 rows: codes [inputs / 4, rows, 4]; for each group of inputs the scale and
-// -8 times the sum of the codes, [inputs / group, rows], so that sum(code_w * code_x) + offset = sum((code_w - 8) * code_x).
+// the sum of the codes, [inputs / group, rows], because sum((w - zero) * x) = sum(w * x) - zero * sum(x).
 #pragma once
 
 #include <cstdint>
@@ -25,7 +27,7 @@ struct Tile {
 struct Panel {
   int8_t* codes;
   float* scales;
-  int32_t* offsets;
+  int32_t* sums;
   int64_t rows;
 };
 
@@ -34,15 +36,20 @@ struct Inputs {
   int64_t group;  // 32, 64 or 128
 };
 
+// With tiles of so many bits. For each row of the panel, the 16 products with each tile; tile t's go to
+// y[row * row_stride + 16 * t].
+struct Products {
+  void (*one_tile)(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride);
+  void (*two_tiles)(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y,
+                    int64_t row_stride);
+};
+
 // Every instruction set gives the same bits: integers are summed exactly within a group, groups are added in order by
 // fused multiply-add, and what is elementwise is written once (elementwise.h).
 struct Kernels {
   // Quantizes one row into a panel, its values multiplied by `gain`. False where a value is not finite.
   bool (*quantize)(const float* x, float gain, Inputs inputs, const Panel& panel, int64_t row);
-  // For each row of the panel, the 16 products with each tile; tile t's go to y[row * row_stride + 16 * t].
-  void (*one_tile)(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride);
-  void (*two_tiles)(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y,
-                    int64_t row_stride);
+  Products int4, int8;
   // h[row * row_stride + i] = silu(gate) * up, of what two_tiles made of a gate tile and an up tile with stride 32.
   void (*swiglu)(const float* gate_up, int64_t rows, float* h, int64_t row_stride);
 };
@@ -51,6 +58,8 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512Vnni;
+#elif defined(__aarch64__)
+extern const Kernels kNeonDotprod;
 #endif
 
 }  // namespace corral

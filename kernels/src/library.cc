@@ -14,7 +14,7 @@ namespace corral {
 namespace {
 
 // Of the operators and of the layout of their weights; equal to spec/cpu_ops.py's.
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr const char* kDomain = "corral.cpu";
 
 bool new_enough(const char* version) {
@@ -33,7 +33,7 @@ ort::CustomOpDomain* domain(const ort::Api& api) {
     ort::CustomOpDomain* fresh = nullptr;
     api.check(ort::kCreateCustomOpDomain, kDomain, &fresh);
     for (const ort::CustomOp* op :
-         {Operator<Int4MatMul>::record(), Operator<Int4FeedForward>::record(), Operator<Int4Experts>::record()}) {
+         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record()}) {
       api.check(ort::kCustomOpDomainAdd, fresh, op);
     }
     made = fresh;

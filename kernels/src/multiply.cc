@@ -8,6 +8,7 @@ namespace corral {
 
 void multiply(const Kernels& kernels, const ort::Workers& workers, const Weights& weights, const float* x, int64_t rows,
               float* y) {
+  const Products& products = weights.products(kernels);
   std::vector<PanelPlace> places;
   cut_into_panels(0, rows, places);
   Activations activations(rows, weights.inputs);
@@ -23,10 +24,10 @@ void multiply(const Kernels& kernels, const ort::Workers& workers, const Weights
       float* out = y + place.first * stride;
       int64_t t = begin;
       for (; t + 2 <= end; t += 2) {
-        kernels.two_tiles(weights.tile(0, t), weights.tile(0, t + 1), panel, weights.inputs, out + t * kTileOutputs,
-                          stride);
+        products.two_tiles(weights.tile(0, t), weights.tile(0, t + 1), panel, weights.inputs, out + t * kTileOutputs,
+                           stride);
       }
-      if (t < end) kernels.one_tile(weights.tile(0, t), panel, weights.inputs, out + t * kTileOutputs, stride);
+      if (t < end) products.one_tile(weights.tile(0, t), panel, weights.inputs, out + t * kTileOutputs, stride);
     }
   });
 }

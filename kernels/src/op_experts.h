@@ -1,7 +1,8 @@
-// Int4Experts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales; k) -> y [..., H]
+// TiledExperts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales; k, gate_up_bits, down_bits)
+//   -> y [..., H]
 //
 // The routed experts as corral::MoE defines them: the sum over a token's k largest logits of expert(sigmoid(logit) x).
-// Weights as in Int4FeedForward, with a leading axis of E experts.
+// Weights as in TiledFeedForward, with a leading axis of E experts.
 #pragma once
 
 #include <algorithm>
@@ -9,18 +10,19 @@
 #include "buffer.h"
 #include "dispatch.h"
 #include "feed_forward.h"
+#include "read_ahead.h"
 #include "route.h"
 #include "tokens.h"
 
 namespace corral {
 
-class Int4Experts {
+class TiledExperts {
  public:
-  static constexpr const char* kName = "Int4Experts";
+  static constexpr const char* kName = "TiledExperts";
   static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,
                                                  ort::kFloat16, ort::kUint8, ort::kFloat16};
 
-  Int4Experts(const ort::Api& api, const ort::KernelInfo* info)
+  TiledExperts(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(*choose_instruction_set().kernels),
         weights_(read_feed_forward(api, info, 2, 3)),
         k_(api.attribute(info, "k")) {
@@ -52,6 +54,7 @@ class Int4Experts {
 
   void some(const ort::Workers& workers, const float* x, const float* logits, int64_t tokens, float* y) const {
     const std::vector<Visit> visits = route(logits, tokens, experts(), k_);
+    read_ahead_chosen(visits);
     if (k_ == 1) return feed_forward(kernels_, workers, weights_, x, visits, y);
     const int64_t hidden = weights_.hidden();
     Buffer<float> answers(tokens * k_ * hidden);
@@ -62,6 +65,16 @@ class Int4Experts {
         for (int64_t choice = 0; choice < k_; choice++) sum += answers[(token * k_ + choice) * hidden + i];
         y[token * hidden + i] = sum;
       }
+    }
+  }
+
+  void read_ahead_chosen(const std::vector<Visit>& visits) const {
+    int64_t last = -1;
+    for (const Visit& visit : visits) {
+      if (visit.expert == last) continue;
+      last = visit.expert;
+      read_ahead(weights_.gate_up, last);
+      read_ahead(weights_.down, last);
     }
   }
 

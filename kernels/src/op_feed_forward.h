@@ -1,4 +1,4 @@
-// Int4FeedForward(x [..., H], gate_up, its scales, down, its scales) -> (silu(x gate) * (x up)) down, [..., H]
+// TiledFeedForward(x [..., H], gate_up, its scales, down, its scales) -> (silu(x gate) * (x up)) down, [..., H]
 //
 // gate_up holds I outputs of the gate, then I of up, in 2 I / 16 tiles; down has I inputs and H outputs.
 #pragma once
@@ -11,12 +11,12 @@
 
 namespace corral {
 
-class Int4FeedForward {
+class TiledFeedForward {
  public:
-  static constexpr const char* kName = "Int4FeedForward";
+  static constexpr const char* kName = "TiledFeedForward";
   static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
 
-  Int4FeedForward(const ort::Api& api, const ort::KernelInfo* info)
+  TiledFeedForward(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(*choose_instruction_set().kernels), weights_(read_feed_forward(api, info, 1, 2)) {}
 
   void compute(const ort::Api& api, ort::KernelContext* context) const {

@@ -1,4 +1,4 @@
-// Int4MatMul(x [..., inputs], codes [tiles, 8 inputs], scales [tiles, groups, 16]) -> y [..., 16 tiles]
+// TiledMatMul(x [..., inputs], codes [tiles, 2 bits inputs], scales [tiles, groups, 16]; bits) -> y [..., 16 tiles]
 #pragma once
 
 #include "dispatch.h"
@@ -7,13 +7,13 @@
 
 namespace corral {
 
-class Int4MatMul {
+class TiledMatMul {
  public:
-  static constexpr const char* kName = "Int4MatMul";
+  static constexpr const char* kName = "TiledMatMul";
   static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16};
 
-  Int4MatMul(const ort::Api& api, const ort::KernelInfo* info)
-      : kernels_(*choose_instruction_set().kernels), weights_(read_weights(api, info, 1, 2, "the matrix")) {}
+  TiledMatMul(const ort::Api& api, const ort::KernelInfo* info)
+      : kernels_(*choose_instruction_set().kernels), weights_(read_weights(api, info, 1, 2, "bits", "the matrix")) {}
 
   void compute(const ort::Api& api, ort::KernelContext* context) const {
     const Tokens x = read_tokens(api, context, 0, weights_.inputs.count, "x");

@@ -1,4 +1,4 @@
-// One stored int4 matrix, or one for each expert: codes uint8 [experts, tiles, 8 inputs], scales fp16 [experts, tiles,
+// One stored matrix, or one for each expert: codes uint8 [experts, tiles, 2 bits inputs], scales fp16 [experts, tiles,
 // groups, 16], in the layout of kernels.h. Read where ONNX Runtime holds them, mapped from the bundle's file: nothing is
 // copied, and an expert that is never chosen is never touched.
 #pragma once
@@ -13,20 +13,23 @@ namespace corral {
 struct Weights {
   const uint8_t* codes;
   const uint16_t* scales;
-  int64_t experts, tiles;
+  int64_t experts, tiles, bits;
   Inputs inputs;
 
   int64_t outputs() const { return tiles * kTileOutputs; }
 
   Tile tile(int64_t expert, int64_t index) const {
     const int64_t i = expert * tiles + index;
-    return {codes + i * inputs.count * kTileOutputs / 2, scales + i * (inputs.count / inputs.group) * kTileOutputs};
+    return {codes + i * inputs.count * kTileOutputs * bits / 8, scales + i * (inputs.count / inputs.group) * kTileOutputs};
   }
+
+  const Products& products(const Kernels& kernels) const { return bits == 4 ? kernels.int4 : kernels.int8; }
 };
 
-// The weights at inputs `first` and `first + 1` of an operator. Throws ort::Failure where types or shapes do not fit
-// each other; `rank` is that of the codes: 2, or 3 with experts.
-Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank, const char* name);
+// The weights at inputs `first` and `first + 1` of an operator; the attribute `bits` says what the codes have. Throws
+// ort::Failure where types or shapes do not fit each other; `rank` is that of the codes: 2, or 3 with experts.
+Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank, const char* bits,
+                     const char* name);
 
 std::string shape_in_words(const std::vector<int64_t>& shape);
 

@@ -37,11 +37,11 @@ Checkpoint = Callable[[str], Path]
 
 
 def dequantized(matrix: Tensor, bits: int = 4) -> Tensor:
-    """[outputs, inputs] -> what codes by the float32 scale, and the scale that is stored, make of it: fp16 of 4 bits."""
+    """[outputs, inputs] -> what codes by the float32 scale, and the scale that is stored in fp16, make of it."""
     groups, largest = matrix.double().unflatten(-1, (-1, GROUP)), 2 ** (bits - 1) - 1
     scale = (groups.abs().amax(-1, keepdim=True) / largest).float()
     codes = (groups / scale.double()).round().clamp(-largest, largest)
-    return (codes * (scale.half() if bits == 4 else scale).double()).flatten(-2).float()
+    return (codes * scale.half().double()).flatten(-2).float()
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -66,8 +66,9 @@ def reference(directory: Path, in_8_bits: Callable[[str], bool] = lambda name: F
         for name, module in model.named_modules():
             if isinstance(module, Experts):
                 module.__class__ = RoundedExperts
-                for parameter in (module.gate_up_proj, module.down_proj):
-                    parameter.copy_(dequantized(parameter.transpose(1, 2)).transpose(1, 2))
+                for own in ("gate_up_proj", "down_proj"):
+                    parameter, bits = getattr(module, own), 8 if in_8_bits(f"{name}.{own}") else 4
+                    parameter.copy_(dequantized(parameter.transpose(1, 2), bits).transpose(1, 2))
             elif isinstance(module, nn.Linear) and "router" not in name:
                 module.weight.copy_(dequantized(module.weight, 8 if in_8_bits(name) else 4))
                 module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
@@ -87,17 +88,24 @@ def test_logits_are_those_of_the_stored_weights(tiny_checkpoint: Checkpoint, tin
     assert error.max() < 2e-2
 
 
-def test_matrices_that_a_rule_stores_in_8_bits_are_left_to_onnx_runtime(
-    tiny_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """A whole module, one of three that would be merged, one of three that would be fused, and the head."""
-    patterns = ("layers.0.self_attn.*", "layers.1.self_attn.k_proj", "layers.2.*.shared_expert.up_proj", "lm_head")
+def test_matrices_may_have_8_bits_by_rules(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A whole module, one of three that would be merged, two of three that would be fused, experts, and the head."""
+    patterns = (
+        "layers.0.self_attn.*",
+        "layers.1.self_attn.k_proj",
+        "layers.1.*.shared_expert.down_proj",
+        "layers.2.*.shared_expert.up_proj",
+        "layers.3.feed_forward.experts.down_proj",
+        "layers.1.feed_forward.experts.*",
+        "lm_head",
+    )
     rules = tuple(Rule(matrices=pattern, weights="int8") for pattern in patterns)
     bundle = compile(tiny_checkpoint("scout"), tmp_path / "out", dataclasses.replace(RECIPE, rules=rules))
     nodes = [node.op_type for node in onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node]
     layers = bundle.manifest.model.num_layers
-    assert nodes.count("MatMulNBits") == 2 + 1 + 1 + 1
-    assert (nodes.count("Int4FeedForward"), nodes.count("Int4Experts")) == (layers - 1, layers)
+    assert nodes.count("TiledMatMul") == 2 * layers + 1 + 1 + 3  # one more for k alone, three for what is not fused
+    assert "MatMulNBits" not in nodes
+    assert (nodes.count("TiledFeedForward"), nodes.count("TiledExperts")) == (layers - 1, layers)
     ids = np.random.default_rng(3).integers(0, 256, 40)
     model = reference(tiny_checkpoint("scout"), lambda name: any(fnmatchcase(name, pattern) for pattern in patterns))
     with torch.no_grad():
@@ -105,8 +113,11 @@ def test_matrices_that_a_rule_stores_in_8_bits_are_left_to_onnx_runtime(
     error = np.abs(LLM(bundle).score(ids) - want) / np.abs(want).max()
     assert error.max(axis=-1).min() < 2e-6
     assert error.mean() < 1e-3
-    rule = Rule(matrices="layers.1.feed_forward.experts.*", weights="int8")
-    with pytest.raises(InputError, match=r"stored in 8 and 8 bits; .* Leave the rule out, or use --kernels stock"):
+    rule = Rule(matrices="layers.1.feed_forward.experts.down_proj", weights="fp32")
+    with pytest.raises(
+        InputError,
+        match=r"layers\.1\.feed_forward\S* are not both quantized; .*, or use --kernels stock",
+    ):
         compile(tiny_checkpoint("scout"), tmp_path / "experts", dataclasses.replace(RECIPE, rules=(rule,)))
 
 
@@ -124,15 +135,15 @@ def test_every_large_matrix_goes_to_the_kernels(tiny_bundle: Bundle, form: str) 
     config = bundle.manifest.model
     nodes = [node.op_type for node in onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node]
     layers, routed = config.num_layers, sum(layer.moe for layer in config.layers)
-    assert nodes.count("Int4MatMul") == 2 * layers + 1  # q, k and v in one; o; the head
-    assert nodes.count("Int4FeedForward") == layers
-    assert nodes.count("Int4Experts") == routed
+    assert nodes.count("TiledMatMul") == 2 * layers + 1  # q, k and v in one; o; the head
+    assert nodes.count("TiledFeedForward") == layers
+    assert nodes.count("TiledExperts") == routed
     assert nodes.count("MatMul") == routed  # routers
     assert not {"MatMulNBits", "QMoE", "DequantizeLinear", "Sigmoid"} & set(nodes)
     stored = {record.kind: record for record in bundle.manifest.coverage}
     assert stored["attention"].stored == "int4 g32"
     assert stored["attention"].bytes * 8 == stored["attention"].parameters * (4 + 16 / GROUP)  # fp16 scales
-    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": "1"}
+    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": "2"}
 
 
 def test_bytes_are_the_same_twice_and_by_stages(
@@ -162,8 +173,17 @@ def test_a_bundle_is_refused_where_the_library_is_missing(
     LLM(tiny_bundle("scout", "cpu", "int4"))
 
 
-@pytest.mark.parametrize("needs", ["2", "99999999999999999999", "latest", ""])
-def test_a_bundle_for_a_newer_library_is_refused(tiny_bundle: Bundle, tmp_path: Path, needs: str) -> None:
+@pytest.mark.parametrize(
+    ("needs", "remedy"),
+    [
+        ("1", "Compile the checkpoint again"),
+        ("3", "Install a newer corral"),
+        ("99999999999999999999", "Install a newer corral"),
+        ("latest", "Install a newer corral"),
+        ("", "Install a newer corral"),
+    ],
+)
+def test_a_bundle_for_another_library_is_refused(tiny_bundle: Bundle, tmp_path: Path, needs: str, remedy: str) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     for path in tiny_bundle("scout", "cpu", "int4", "corral").iterdir():
@@ -172,7 +192,7 @@ def test_a_bundle_for_a_newer_library_is_refused(tiny_bundle: Bundle, tmp_path: 
     manifest["requires"]["corral_cpu_ops"] = needs
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(EnvironmentProblem, match=rf"have version 1; this bundle needs {needs}. Install a newer corral"):
+    with pytest.raises(EnvironmentProblem, match=rf"have version 2; this bundle needs {needs}. {remedy}"):
         LLM(bundle)
 
 

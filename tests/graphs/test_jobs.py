@@ -41,7 +41,7 @@ def tiles() -> list[Entry]:
     args: dict[str, Any] = {"bits": 4, "group_size": 32}
     experts = tuple(Source("w", rows=rows, columns=(0, 128)) for rows in ((0, 48), (48, 96)))
     cut: dict[str, Any] = {"cut": "rows", "cut_multiple": 16, "pieces": experts}
-    codes = step("rtn", "codes", **args), step("tile_codes")
+    codes = step("rtn", "codes", **args), step("tile_codes", bits=4)
     scales = step("rtn", "scales", **args), step("tile_scales")
     return [
         Entry("codes", "uint8", (2, 3, 8 * 128), steps=codes, **cut),

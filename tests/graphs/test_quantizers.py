@@ -84,11 +84,19 @@ def test_columns_are_what_onnx_reads_back(bits: int, stored_type: type, data: st
 
 def test_tiles_hold_sixteen_outputs_eight_inputs_at_a_time() -> None:
     codes = np.random.default_rng(0).integers(0, 16, (32, 24), dtype=np.uint8)
-    tiles = tile_codes(codes)
+    tiles = tile_codes(codes, bits=4)
     assert tiles.shape == (2, 8 * 24)
     for output, k in [(0, 0), (15, 23), (16, 0), (31, 12), (7, 9)]:
         byte = tiles[output // 16, k // 8 * 64 + output % 16 * 4 + k % 4]
         assert (byte >> 4 if k % 8 >= 4 else byte & 15) == codes[output, k]
+
+
+def test_tiles_of_bytes_hold_sixteen_outputs_four_inputs_at_a_time() -> None:
+    codes = np.random.default_rng(0).integers(0, 256, (32, 24), dtype=np.uint8)
+    tiles = tile_codes(codes, bits=8)
+    assert tiles.shape == (2, 16 * 24)
+    for output, k in [(0, 0), (15, 23), (16, 0), (31, 12), (7, 9)]:
+        assert tiles[output // 16, k // 4 * 64 + output % 16 * 4 + k % 4] == codes[output, k]
 
 
 def test_scales_of_a_tile_lie_group_by_group() -> None:

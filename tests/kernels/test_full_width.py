@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def answer(directory: Path, experts: int, weights: dict[str, NDArray[Any]], x: NDArray[np.float32]) -> NDArray[Any]:
-    """Int4Experts of so many experts, of which only the last is not zero, and which `x` is routed to."""
+    """TiledExperts of so many experts, of which only the last is not zero, and which `x` is routed to."""
     directory.mkdir()
     initializers, offset = [], 0
     with (directory / "weights").open("wb") as file:
@@ -46,7 +46,9 @@ def answer(directory: Path, experts: int, weights: dict[str, NDArray[Any]], x: N
     logits = np.zeros((len(x), experts), np.float32)
     logits[:, -1] = 1
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "logits")]
-    node = helper.make_node("Int4Experts", ["x", "logits", *weights], ["y"], domain=DOMAIN, k=1)
+    node = helper.make_node(
+        "TiledExperts", ["x", "logits", *weights], ["y"], domain=DOMAIN, k=1, gate_up_bits=4, down_bits=4
+    )
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "experts", inputs, [output], initializers)
     imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]

@@ -38,26 +38,29 @@ EXAMPLES = 8 if LIBRARY in os.environ else 30
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized matrix [outputs, inputs]: codes 1 … 15, scales [outputs, groups] that fp16 can hold."""
+    """A quantized matrix [outputs, inputs]: codes of 4 or 8 bits, scales [outputs, groups] that fp16 can hold."""
 
     codes: Array
     scales: Array
+    bits: int = 4
 
     @property
     def values(self) -> Array:
         """What it stands for, in float64."""
         group = self.codes.shape[1] // self.scales.shape[1]
-        return (self.codes.astype(np.float64) - 8) * np.repeat(self.scales.astype(np.float64), group, axis=1)
+        signed = self.codes.astype(np.float64) - (1 << (self.bits - 1))
+        return signed * np.repeat(self.scales.astype(np.float64), group, axis=1)
 
     @property
     def stored(self) -> tuple[Array, Array]:
-        return tile_codes(self.codes), tile_scales(self.scales)
+        return tile_codes(self.codes, bits=self.bits), tile_scales(self.scales)
 
 
-def random_matrix(rng: np.random.Generator, outputs: int, inputs: int, group: int) -> Matrix:
-    codes = rng.integers(1, 16, (outputs, inputs), dtype=np.uint8)
-    scales = (rng.uniform(0.5, 1.5, (outputs, inputs // group)) / 5 / np.sqrt(inputs)).astype(np.float16)
-    return Matrix(codes, scales.astype(np.float32))
+def random_matrix(rng: np.random.Generator, outputs: int, inputs: int, group: int, bits: int = 4) -> Matrix:
+    codes = rng.integers(1, 1 << bits, (outputs, inputs), dtype=np.uint8)
+    spread = 5 << (bits - 4)
+    scales = (rng.uniform(0.5, 1.5, (outputs, inputs // group)) / spread / np.sqrt(inputs)).astype(np.float16)
+    return Matrix(codes, scales.astype(np.float32), bits)
 
 
 def quantized(weight: Array, group: int) -> Matrix:
@@ -118,18 +121,22 @@ def forced(instruction_set: str) -> Iterator[None]:
 
 
 def matmul(matrix: Matrix, x: Array, **options: Any) -> Array:
-    return session("Int4MatMul", matrix.stored, **options).run(None, {"x": x})[0]
+    return session("TiledMatMul", matrix.stored, bits=matrix.bits, **options).run(None, {"x": x})[0]
 
 
 def feed_forward(gate_up: Matrix, down: Matrix, x: Array, **options: Any) -> Array:
-    return session("Int4FeedForward", (*gate_up.stored, *down.stored), **options).run(None, {"x": x})[0]
+    bits: dict[str, Any] = {"gate_up_bits": gate_up.bits, "down_bits": down.bits}
+    return session("TiledFeedForward", (*gate_up.stored, *down.stored), **bits, **options).run(None, {"x": x})[0]
 
 
 def experts(
     gate_up: Sequence[Matrix], down: Sequence[Matrix], x: Array, logits: Array, k: int = 1, **options: Any
 ) -> Array:
     weights = (*stacked(gate_up), *stacked(down))
-    return session("Int4Experts", weights, ("x", "logits"), k=k, **options).run(None, {"x": x, "logits": logits})[0]
+    bits: dict[str, Any] = {"gate_up_bits": gate_up[0].bits, "down_bits": down[0].bits}
+    return session("TiledExperts", weights, ("x", "logits"), k=k, **bits, **options).run(
+        None, {"x": x, "logits": logits}
+    )[0]
 
 
 def sigmoid(x: Array) -> Array:
@@ -183,18 +190,19 @@ SHAPES = st.tuples(
     st.sampled_from((32, 64, 128)),
     st.integers(0, 1000),  # seed
 )
+BITS = st.sampled_from((4, 8))
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@given(shape=SHAPES)
+@given(shape=SHAPES, bits=BITS)
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_a_matrix_product_is_that_of_the_rounded_activations(
-    instruction_set: str, shape: tuple[int, int, int, int, int]
+    instruction_set: str, shape: tuple[int, int, int, int, int], bits: int
 ) -> None:
     """Given int8 activations, only float32 sums over groups are inexact."""
     tokens, tiles, groups, group, seed = shape
     rng = np.random.default_rng(seed)
-    matrix = random_matrix(rng, 16 * tiles, groups * group, group)
+    matrix = random_matrix(rng, 16 * tiles, groups * group, group, bits)
     x = random_batch(rng, tokens, groups * group)
     with forced(instruction_set):
         got = matmul(matrix, x)
@@ -202,28 +210,28 @@ def test_a_matrix_product_is_that_of_the_rounded_activations(
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@pytest.mark.parametrize("code", [0, 1, 15])
+@pytest.mark.parametrize(("bits", "code"), [(4, 0), (4, 1), (4, 15), (8, 0), (8, 1), (8, 255)])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_codes_do_not_overflow(instruction_set: str, code: int, sign: int) -> None:
-    matrix = Matrix(np.full((16, 256), code, np.uint8), np.ones((16, 2), np.float32))
+def test_the_largest_codes_do_not_overflow(instruction_set: str, bits: int, code: int, sign: int) -> None:
+    matrix = Matrix(np.full((16, 256), code, np.uint8), np.ones((16, 2), np.float32), bits)
     x = np.full((5, 256), sign * 127, np.float32)
     with forced(instruction_set):
-        assert (matmul(matrix, x) == sign * 127 * 256 * (code - 8)).all()
+        assert (matmul(matrix, x) == sign * 127 * 256 * (code - (1 << (bits - 1)))).all()
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@given(shape=SHAPES, experts_and_k=st.sampled_from(((1, 1), (4, 1), (5, 2), (3, 3))))
+@given(shape=SHAPES, experts_and_k=st.sampled_from(((1, 1), (4, 1), (5, 2), (3, 3))), bits=st.tuples(BITS, BITS))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_experts_and_feed_forward_compute_their_definition(
-    instruction_set: str, shape: tuple[int, int, int, int, int], experts_and_k: tuple[int, int]
+    instruction_set: str, shape: tuple[int, int, int, int, int], experts_and_k: tuple[int, int], bits: tuple[int, int]
 ) -> None:
     """Within what int8 activations cost: 3 % in the norm even for one token and small groups."""
     tokens, tiles, groups, group, seed = shape
     count, k = experts_and_k
     rng = np.random.default_rng(seed)
     hidden, width = groups * group, tiles * 128
-    gate_up = [random_matrix(rng, 2 * width, hidden, group) for _ in range(count)]
-    down = [random_matrix(rng, hidden, width, group) for _ in range(count)]
+    gate_up = [random_matrix(rng, 2 * width, hidden, group, bits[0]) for _ in range(count)]
+    down = [random_matrix(rng, hidden, width, group, bits[1]) for _ in range(count)]
     x, logits = random_batch(rng, tokens, hidden), rng.standard_normal((tokens, count)).astype(np.float32)
     with forced(instruction_set):
         routed = experts(gate_up, down, x, logits, k)
@@ -320,10 +328,11 @@ def matmul_nbits(matrix: Matrix, x: Array, group: int) -> Array:
 # --- the same bits ---
 
 
-def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(bits: int) -> None:
     rng = np.random.default_rng(5)
-    gate_up = [random_matrix(rng, 2 * 160, 96, 32) for _ in range(6)]
-    down = [random_matrix(rng, 96, 160, 32) for _ in range(6)]
+    gate_up = [random_matrix(rng, 2 * 160, 96, 32, bits) for _ in range(6)]
+    down = [random_matrix(rng, 96, 160, 32, bits) for _ in range(6)]
     x, logits = random_batch(rng, 67, 96), rng.standard_normal((67, 6)).astype(np.float32)
     assert len(set(logits.argmax(-1))) == 6
 
@@ -377,8 +386,8 @@ X = RNG.standard_normal((3, 64)).astype(np.float32)
         (CODES[:, :-8], SCALES, "8 bytes of codes for each input"),
         (CODES[:2], SCALES, "as many tiles"),
         (CODES, SCALES[:, :, :8], "16 scales for each group"),
-        (CODES, SCALES[:, 0], "codes [tiles, 8 inputs] and scales [tiles, groups, 16]"),
-        (CODES[None], SCALES[None], "codes [tiles, 8 inputs] and scales [tiles, groups, 16]"),
+        (CODES, SCALES[:, 0], "codes [tiles, bytes] and scales [tiles, groups, 16]"),
+        (CODES[None], SCALES[None], "codes [tiles, bytes] and scales [tiles, groups, 16]"),
         (CODES[:, :384], np.repeat(SCALES, 3, axis=1)[:, :3], "32, 64 or 128 inputs in a group"),
         (CODES[:0], SCALES[:0], "at least one"),
         (CODES[:, :0], SCALES, "8 bytes of codes"),
@@ -386,9 +395,15 @@ X = RNG.standard_normal((3, 64)).astype(np.float32)
     ],
 )
 def test_weights_that_do_not_fit_are_refused_when_the_session_opens(codes: Array, scales: Array, says: str) -> None:
-    with pytest.raises(Exception, match="Int4MatMul: the matrix") as refused:
-        session("Int4MatMul", (codes, scales))
+    with pytest.raises(Exception, match="TiledMatMul: the matrix") as refused:
+        session("TiledMatMul", (codes, scales), bits=4)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("bits", [-4, 0, 2, 16])
+def test_other_bits_are_refused(bits: int) -> None:
+    with pytest.raises(Exception, match=f"TiledMatMul: bits is {bits}, expected 4 or 8"):
+        session("TiledMatMul", (CODES, SCALES), bits=bits)
 
 
 def test_gate_up_and_down_must_fit_each_other() -> None:
@@ -452,7 +467,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_weights_must_be_constant() -> None:
     with pytest.raises(Exception, match="input 1 is no constant initializer"):
-        session("Int4MatMul", (SCALES,), ("x", "w"), inputs=("x", "w", "w0"), types={"w": TensorProto.UINT8})
+        session("TiledMatMul", (SCALES,), ("x", "w"), inputs=("x", "w", "w0"), types={"w": TensorProto.UINT8}, bits=4)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or LIBRARY in os.environ, reason="limits this process's memory")
@@ -462,7 +477,7 @@ def test_too_little_memory_is_an_error_and_nothing_is_lost() -> None:
     rng = np.random.default_rng(0)
     width = 1 << 16  # 2,000 tokens' inner values: 524 MB, more than malloc can have kept from the tests before
     gate_up, down = random_matrix(rng, 2 * width, 128, 128), random_matrix(rng, 128, width, 128)
-    opened = session("Int4FeedForward", (*gate_up.stored, *down.stored))
+    opened = session("TiledFeedForward", (*gate_up.stored, *down.stored), gate_up_bits=4, down_bits=4)
     x = random_batch(rng, 2000, 128)
     want = opened.run(None, {"x": x[:5]})[0]
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

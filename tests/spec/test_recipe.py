@@ -73,7 +73,7 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"weights": 4}, "weights is 4, expected a str"),
         ({"kernels": "magic"}, r'kernels "magic" are not known for target cpu; expected one of stock, corral'),
         ({"kernels": "corral", "target": "portable"}, r'kernels "corral" are not known for target portable'),
-        ({"kernels": "corral", "weights": "int8"}, r'kernels "corral" compute int4 weights, not int8'),
+        ({"kernels": "corral", "weights": "fp32"}, r'kernels "corral" compute int4 and int8 weights, not fp32'),
         ({"rules": {"matrices": "lm_head"}}, "rules is {'matrices': 'lm_head'}, expected a list"),
         ({"rules": [{"weights": "int8"}]}, r"rule 1 is {'weights': 'int8'}; expected a table with `matrices`"),
         ({"rules": [{"matrices": "*", "bits": 8}]}, r'rule 1: key "bits" is not known; expected matrices'),

@@ -64,8 +64,10 @@ def test_the_recipe_says_of_each_matrix_what_was_chosen(
     assert chosen[table].weights == "fp32" or recipe.rules[-1].matches(EMBEDDING)
 
 
-def test_with_kernels_of_corral_the_recipe_itself_is_int4(tiny_config: Callable[[str], dict[str, Any]]) -> None:
-    chosen = {part: CHOICES[0 if part.is_experts else 2] for part in parts(tiny_config("scout"))}
+def test_with_kernels_of_corral_the_recipe_itself_is_quantized(tiny_config: Callable[[str], dict[str, Any]]) -> None:
+    chosen = {
+        part: CHOICES[3 if part.kind.startswith("layers.*.self_attn") else 0] for part in parts(tiny_config("scout"))
+    }
     recipe = as_recipe(Recipe(kernels="corral"), chosen)
     assert (recipe.kernels, recipe.weights) == ("corral", "int4")
     assert all(recipe.of(name).weights == choice.weights for part, choice in chosen.items() for name in part.parameters)

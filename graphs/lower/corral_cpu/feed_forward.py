@@ -1,7 +1,7 @@
 """The SwiGLU feed-forward of dense layers and shared experts, fused: its inner values never leave the kernel.
 
-gate = Int4MatMul(x, Wg); up = Int4MatMul(x, Wu)
-Int4MatMul(Mul(Mul(gate, Sigmoid(gate)), up), Wd)  ->  corral.cpu::Int4FeedForward(x, [Wg; Wu], Wd)
+gate = TiledMatMul(x, Wg); up = TiledMatMul(x, Wu)
+TiledMatMul(Mul(Mul(gate, Sigmoid(gate)), up), Wd)  ->  corral.cpu::TiledFeedForward(x, [Wg; Wu], Wd)
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.spec.cpu_ops import DOMAIN
 from corral.spec.errors import InputError
 from corral.spec.model_config import LayerConfig
+from corral.spec.quant_scheme import scheme_named
 
-FEED_FORWARD = "Int4FeedForward"
+FEED_FORWARD = "TiledFeedForward"
 
 
-def fuse_int4_feed_forward(work: ModelAndPlan) -> bool:
-    """Fuse the feed-forward of every layer that has it in int4, which is all but those that a recipe's rule stores otherwise.
+def fuse_feed_forward(work: ModelAndPlan) -> bool:
+    """Fuse the feed-forward of every layer, but where a recipe's rule leaves a matrix in float or parts gate from up.
 
-    Raises PatternAbsent where one was not found, and InputError where its halves differ.
+    Raises PatternAbsent where one was not found, and InputError where its halves were published in different ways.
     """
-    expected = sum(_all_int4(work, i, layer) for i, layer in enumerate(work.config.layers))
+    expected = sum(_fusible(work, i, layer) for i, layer in enumerate(work.config.layers))
     fused = sum(_fuse(work, down) for down in work.nodes(MATMUL, DOMAIN))
     if fused != expected:
-        raise PatternAbsent(f"fuse_int4_feed_forward fused {fused} feed-forwards, expected {expected}")
+        raise PatternAbsent(f"fuse_feed_forward fused {fused} feed-forwards, expected {expected}")
     return bool(fused)
 
 
-def _all_int4(work: ModelAndPlan, number: int, layer: LayerConfig) -> bool:
+def _fusible(work: ModelAndPlan, number: int, layer: LayerConfig) -> bool:
     name = f"layers.{number}.feed_forward{'.shared_expert' if layer.moe else ''}"
-    return all(work.recipe.of(f"{name}.{part}_proj.weight").weights == "int4" for part in ("gate", "up", "down"))
+    gate, up, down = (work.recipe.of(f"{name}.{part}_proj.weight") for part in ("gate", "up", "down"))
+    return gate == up and all(scheme_named(matrix.weights).is_quantized for matrix in (gate, down))
 
 
 def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
@@ -47,6 +49,8 @@ def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
     if sigmoid.inputs[0] is not gate.outputs[0] or gate.inputs[0] is not up.inputs[0]:
         return False
     halves = [entry for node in (gate, up) if (entry := work.entry_of(node.inputs[1]))]
+    if work.recipe.of(halves[0].weight) != work.recipe.of(halves[1].weight):
+        return False
     if halves[0].steps != halves[1].steps:
         raise InputError(
             f"{halves[0].weight} and {halves[1].weight} are quantized in different ways; corral's CPU kernels take them "
@@ -54,7 +58,8 @@ def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
         )
     x, *down_weights = gate.inputs[0], *down.inputs[1:]
     build = tape.Tape()
-    y = build.op(FEED_FORWARD, [x, *merge_stored(work, [gate, up]), *down_weights], domain=DOMAIN)
+    bits = {"gate_up_bits": gate.attributes["bits"].as_int(), "down_bits": down.attributes["bits"].as_int()}
+    y = build.op(FEED_FORWARD, [x, *merge_stored(work, [gate, up]), *down_weights], bits, domain=DOMAIN)
     work.replace_node(down, build.nodes, [y])
     work.graph.remove([product, silu, sigmoid, gate, up], safe=True)
     return True

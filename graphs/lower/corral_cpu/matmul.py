@@ -1,7 +1,4 @@
-"""MatMul(x, DequantizeLinear(codes, scales)) -> corral.cpu::Int4MatMul(x, codes, scales), where codes have 4 bits.
-
-Where a recipe's rule stores a matrix in 8, it is left to ONNX Runtime's kernel.
-"""
+"""MatMul(x, DequantizeLinear(codes, scales)) -> corral.cpu::TiledMatMul(x, codes, scales)."""
 
 from __future__ import annotations
 
@@ -12,18 +9,18 @@ from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.quantize.quantized_weight import find_quantized
 from corral.spec.cpu_ops import DOMAIN
 
-MATMUL, BITS = "Int4MatMul", 4
+MATMUL = "TiledMatMul"
 
 
-def lower_int4_matmul(work: ModelAndPlan) -> bool:
-    """Lower every matrix product with an int4 weight; returns whether there was one."""
+def lower_matmul(work: ModelAndPlan) -> bool:
+    """Lower every matrix product with a quantized weight; returns whether there was one."""
     import_kernels(work)
     changed = False
     for node in work.nodes("MatMul"):
         weight = find_quantized(work, node.inputs[1])
-        if weight is not None and weight.bits == BITS:
+        if weight is not None:
             build = tape.Tape()
-            y = build.op(MATMUL, [node.inputs[0], *store_tiles(work, weight)], domain=DOMAIN)
+            y = build.op(MATMUL, [node.inputs[0], *store_tiles(work, weight)], {"bits": weight.bits}, domain=DOMAIN)
             work.replace_node(node, build.nodes, [y])
             changed = True
     return changed

@@ -19,7 +19,7 @@ def import_kernels(work: ModelAndPlan) -> None:
 
 
 def store_tiles(work: ModelAndPlan, weight: QuantizedWeight) -> list[ir.Value]:
-    """Store [..., inputs, outputs] as codes [..., tiles, 8 * inputs] and fp16 scales [..., tiles, groups, 16].
+    """Store [..., inputs, outputs] as codes [..., tiles, 2 * bits * inputs] and fp16 scales [..., tiles, groups, 16].
 
     Raises InputError where the outputs are not whole tiles.
     """
@@ -31,9 +31,9 @@ def store_tiles(work: ModelAndPlan, weight: QuantizedWeight) -> list[ir.Value]:
         )
     tiles, groups = outputs // TILE_OUTPUTS, inputs // weight.group_size
     codes = dataclasses.replace(
-        weight.codes.with_layout(step("tile_codes")),
+        weight.codes.with_layout(step("tile_codes", bits=weight.bits)),
         dtype="uint8",
-        shape=(*experts, tiles, 8 * inputs),
+        shape=(*experts, tiles, 2 * weight.bits * inputs),
         cut="rows",
         cut_multiple=TILE_OUTPUTS,
     )

@@ -20,7 +20,7 @@ from corral.spec import cpu_ops
 from corral.spec.weight_plan import Entry, Step
 
 # (operator, domain) -> outputs in each row of its stored weight.
-MERGEABLE = {("MatMulNBits", CONTRIB): 1, ("Int4MatMul", cpu_ops.DOMAIN): cpu_ops.TILE_OUTPUTS}
+MERGEABLE = {("MatMulNBits", CONTRIB): 1, ("TiledMatMul", cpu_ops.DOMAIN): cpu_ops.TILE_OUTPUTS}
 
 
 def merge_matmul(work: ModelAndPlan) -> bool:

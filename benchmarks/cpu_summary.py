@@ -1,0 +1,134 @@
+"""The results of benchmarks/cpu.py as the README's table and as a picture.
+
+python benchmarks/cpu_summary.py           writes both anew
+python benchmarks/cpu_summary.py --table   prints the table only
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README, PICTURE, RESULTS = ROOT / "README.md", ROOT / "docs/cpu-speed.svg", ROOT / "benchmarks/results"
+BEGIN, END = "<!-- speed table -->\n", "<!-- end of speed table -->\n"
+SHAPES = {"wide": "Scout's width, 4 layers, 9.1 B", "half": "0.5 B", "demo": "demo, 15 M"}
+TESTS = {
+    "decode at 16": "decode",
+    "prefill 128": "prefill 128",
+    "prefill 512": "prefill 512",
+    "prefill 2048": "prefill 2048",
+    "4 sequences": "4 sequences",
+    "8 sequences": "8 sequences",
+    "16 sequences": "16 sequences",
+}
+OURS = "corral"
+Result = Mapping[str, Any]
+
+
+def main() -> None:
+    results = read_results()
+    if "--table" in sys.argv:
+        print(table(results), end="")
+        return
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(before + BEGIN + table(results) + END + rest.partition(END)[2])
+    PICTURE.write_text(picture(results))
+
+
+def read_results() -> dict[str, Result]:
+    """By shape, of those that were measured."""
+    paths = {shape: RESULTS / f"cpu-{shape}.json" for shape in SHAPES}
+    return {shape: json.loads(path.read_text()) for shape, path in paths.items() if path.exists()}
+
+
+def table(results: Mapping[str, Result]) -> str:
+    """Markdown: a row for each test, a column for each shape."""
+    rows: list[Sequence[str]] = [["corral / llama.cpp", *(SHAPES[shape] for shape in results)]]
+    rows.append(["---"] * len(rows[0]))
+    for test, name in TESTS.items():
+        rows.append([f"{name}, tokens/s", *(_rate(result, test) for result in results.values())])
+    rows.append(["decode, of what memory allows", *(_rooflines(result) for result in results.values())])
+    rows.append(["anonymous memory, MB", *(_pair(result, _anonymous) for result in results.values())])
+    rows.append(["process to second token, s", *(_pair(result, _cold) for result in results.values())])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _rate(result: Result, test: str) -> str:
+    if test not in result["tests"]:
+        return ""
+    rates = {name: one["tokens_per_second"] for name, one in result["tests"][test].items()}
+    best = max(rate for name, rate in rates.items() if _is_theirs(name))
+    return f"{_number(rates[OURS])} / {_number(best)} = **{result['ratio'][test]:.2f}** x"
+
+
+def _rooflines(result: Result) -> str:
+    shares = {name: one["roofline"] for name, one in result["tests"]["decode at 16"].items()}
+    return f"{shares[OURS]:.0%} / {max(share for name, share in shares.items() if _is_theirs(name)):.0%}"
+
+
+def _pair(result: Result, of: Any) -> str:
+    models = result["models"]
+    return f"{of(models[OURS])} / {min((of(one) for name, one in models.items() if _is_theirs(name)), key=float)}"
+
+
+def _anonymous(model: Result) -> str:
+    memory = model["anonymous_bytes"]
+    return f"{(memory['after'] - memory['imported']) / 1e6:.0f}"
+
+
+def _cold(model: Result) -> str:
+    return f"{model['cold_to_second_token_s']:.2f}"
+
+
+def _is_theirs(name: str) -> bool:
+    return name.startswith("llama.cpp")
+
+
+def _number(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def picture(results: Mapping[str, Result]) -> str:
+    """SVG: every ratio as a dot, on a logarithmic axis, with the line where both are equal."""
+    import vl_convert
+
+    dots = [
+        {"shape": SHAPES[shape], "test": name, "ratio": result["ratio"][test]}
+        for shape, result in results.items()
+        for test, name in TESTS.items()
+        if test in result["ratio"]
+    ]
+    axis = {"title": "tokens/s, times llama.cpp's", "values": [0.5, 1, 1.5, 2, 3, 4]}
+    x = {
+        "field": "ratio",
+        "type": "quantitative",
+        "scale": {"type": "log", "domain": [0.5, 5], "nice": False},
+        "axis": axis,
+    }
+    y = {"field": "test", "type": "nominal", "sort": list(TESTS.values()), "title": None}
+    legend = {"title": None, "orient": "bottom"}
+    by_shape = {"field": "shape", "type": "nominal", "sort": None, "legend": legend}
+    spec = {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "background": "white",
+        "width": 420,
+        "height": {"step": 26},
+        "data": {"values": dots},
+        "layer": [
+            {"mark": {"type": "rule", "strokeDash": [4, 4], "color": "#666"}, "encoding": {"x": {"datum": 1}}},
+            {
+                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+                "encoding": {"x": x, "y": y, "color": by_shape, "shape": by_shape},
+            },
+        ],
+    }
+    svg: str = vl_convert.vegalite_to_svg(spec)
+    return svg + "\n"
+
+
+if __name__ == "__main__":
+    main()
