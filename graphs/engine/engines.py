@@ -36,11 +36,11 @@ def build_engines(
     """
     bundle = open_bundle(directory, progress=progress)
     recipe = _recipe(bundle, gpu, target)
-    target = target_named(recipe.target)
-    assert target.engine is not None
-    check_installed(target.engine)
+    module = target_named(recipe.target).engine
+    assert module is not None
+    check_installed(module)
     settings = EngineSettings(
-        module=target.engine,
+        module=module,
         capabilities=recipe.capabilities,
         profiles=profiles_for(recipe, bundle.manifest.kv),
         weight_streaming=recipe.weight_streaming,
@@ -74,8 +74,8 @@ def _recipe(bundle: Bundle, gpu: str, target: str) -> Recipe:
         raise InputError(
             f'{bundle.directory} is at stage "{manifest.stage}", expected "lowered". Run `corral lower` on it first.'
         )
-    changes = {"gpu": gpu or manifest.recipe.gpu, "target": target or manifest.recipe.target}
-    recipe = dataclasses.replace(manifest.recipe, **changes)
+    recipe = manifest.recipe
+    recipe = dataclasses.replace(recipe, gpu=gpu or recipe.gpu, target=target or recipe.target)
     if not recipe.capabilities:
         raise InputError(
             f"{bundle.directory} does not say which GPU to build for. Add --gpu, for example --gpu rtx4090 or --gpu 8.9."

@@ -68,7 +68,8 @@ def test_the_demo_builds_and_its_engine_is_as_large_as_its_weights_bits(
     assert manifest.engines[0].capabilities == Recipe(target="tensorrt-rtx", gpu=gpu).capabilities
     shards = sum(path.stat().st_size for path in bundle.glob("weights-*.bin"))
     assert about["expected_weight_bytes"] < shards  # the embedding is gathered outside
-    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.15
+    # Each weight once for both profiles; the rest are constants of the schedule, and what lies around any engine.
+    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.02
     assert [profile["name"] for profile in about["profiles"]] == ["decode", "prefill"]
     for profile in about["profiles"]:
         for kind, share in (("int4", 0.9), ("fp8_e4m3", 0.95)):
@@ -130,7 +131,8 @@ def test_fp8_is_multiplied_as_fp8_and_experts_are_gathered_as_such(built: Callab
 
 def test_experts_in_int4_beside_fp8_are_each_what_they_are(built: Callable[[str, str], Path]) -> None:
     about = sidecar(built("fp8 int4", "rtx4090"))
-    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.15
+    # Each weight once for both profiles; the rest are constants of the schedule, and what lies around any engine.
+    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.02
     experts, all_else = 4 * 16 * 3 * 256 * 256, 4 * (3 + 3) * 256 * 256 + 256 * 2048
     for profile in about["profiles"]:
         assert abs(profile["weights"]["int4"] / (experts / 2) - 1) < 0.01

@@ -76,7 +76,7 @@ def test_plugins_are_registered_before_the_graph_is_parsed(
 ) -> None:
     order: list[Any] = []
     monkeypatch.setattr(worker, "register_plugins", lambda *given: order.append(given))
-    trt.OnnxParser.side_effect = lambda *given: order.append("parse") or MagicMock()
+    trt.OnnxParser.side_effect = lambda *given: [order.append("parse"), MagicMock()][1]
     build_with(trt, job)
     assert order == ["parse"]
     build_with(trt, job, plugins="compute_90")
