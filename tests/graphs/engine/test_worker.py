@@ -75,8 +75,13 @@ def test_plugins_are_registered_before_the_graph_is_parsed(
     monkeypatch: pytest.MonkeyPatch, trt: MagicMock, job: EngineJob
 ) -> None:
     order: list[Any] = []
+
+    def parser(*given: Any) -> MagicMock:
+        order.append("parse")
+        return MagicMock()
+
     monkeypatch.setattr(worker, "register_plugins", lambda *given: order.append(given))
-    trt.OnnxParser.side_effect = lambda *given: [order.append("parse"), MagicMock()][1]
+    trt.OnnxParser.side_effect = parser
     build_with(trt, job)
     assert order == ["parse"]
     build_with(trt, job, plugins="compute_90")
