@@ -19,20 +19,24 @@ class StreamDecoder:
     def __init__(self, decode: Callable[[Sequence[int]], str], skip: Collection[int] = ()) -> None:
         self._decode, self._skip = decode, skip
         self._window: list[int] = []
+        self._sent = 0  # of the window's text
 
     def push(self, token_id: int) -> str:
         if token_id in self._skip:
             return ""
-        sent = len(self._settled())
         self._window.append(token_id)
-        added = self._settled()[sent:]
-        del self._window[:-WINDOW]
+        settled = self._settled()
+        added, self._sent = settled[self._sent :], len(settled)
+        if len(self._window) >= 2 * WINDOW:  # not with every token: decoding is what takes time here
+            del self._window[:-WINDOW]
+            self._sent = len(self._settled())
         return added
 
     def flush(self) -> str:
         """A last character that never was completed."""
-        held = self._text()[len(self._settled()) :]
+        held = self._text()[self._sent :]
         self._window.clear()
+        self._sent = 0
         return held
 
     def _text(self) -> str:

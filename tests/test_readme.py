@@ -54,6 +54,14 @@ def test_every_block_can_be_checked() -> None:
             assert word != "make" or rest.split()[0] in targets, f"README: the Makefile has no target for {command!r}"
 
 
+def test_the_speed_table_is_that_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- speed table -->\n")[2].partition("<!-- end of speed table -->")[0]
+    command = [sys.executable, "benchmarks/cpu_summary.py", "--table"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown == made, "run python benchmarks/cpu_summary.py"
+
+
 def test_commands_and_code_run(tmp_path: Path) -> None:
     demo = ROOT / "demo/demo-scout"
     (tmp_path / "demo").mkdir()
