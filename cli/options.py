@@ -56,7 +56,7 @@ RECIPE_HELP = {
     "calibration_tokens": "Tokens of that text that are used, at most.",
     "stages": "Ranges of layers, each with a graph and weight shards of its own.",
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",
-    "kernels": "What computes int4 and int8 weights on cpu: stock (ONNX Runtime's own) or corral (corral's CPU kernels).",
+    "kernels": "What computes quantized weights on cpu: stock (ONNX Runtime's own) or corral (corral's CPU kernels).",
     "requantize": "Quantize weights again that CHECKPOINT stores quantized in another way.",
     "gpu": "Build engines for these GPUs or compute capabilities, by comma: rtx4090, a100, 8.9.",
     "max_context": "Of engines: tokens of a sequence.",

@@ -7,3 +7,4 @@ LIBRARY = "corral_cpu_ops"
 VERSION = 2
 DOMAIN = "corral.cpu"
 TILE_OUTPUTS = 16  # a stored matrix is cut into tiles of as many outputs
+WEIGHTS = ("int8", "int4", "int3", "int2")

@@ -52,6 +52,9 @@ SCHEMES = {
         QuantScheme(name="fp8", bits=8, dtype="float8e4m3fn"),
         QuantScheme(name="int8", bits=8, dtype="int8"),
         QuantScheme(name="int4", bits=4, dtype="int4"),
+        # ONNX has no 3 bits, and few backends its 2: until a lowering stores them, codes are kept as INT4.
+        QuantScheme(name="int3", bits=3, dtype="int4"),
+        QuantScheme(name="int2", bits=2, dtype="int4"),
     )
 }
 

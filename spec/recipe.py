@@ -69,8 +69,12 @@ class Recipe:
                 f'kernels "{self.kernels}" are not known for target {target.name}; expected one of '
                 f"{', '.join(target.kernels)}."
             )
-        if self.kernels == "corral" and not scheme.is_quantized:
-            raise InputError(f'kernels "corral" compute int4 and int8 weights, not {scheme.name}. Use --kernels stock.')
+        if self.kernels == "corral" and scheme.name not in cpu_ops.WEIGHTS:
+            raise InputError(
+                f'kernels "corral" compute {", ".join(cpu_ops.WEIGHTS)} weights, not {scheme.name}. Use --kernels stock.'
+            )
+        if self.kernels == "stock" and scheme.name in ("int3", "int2"):
+            raise InputError(f"ONNX Runtime has no kernels for {scheme.name} weights. Use --kernels corral.")
         if self.stages < 1 or self.stage_gb < 0:
             raise InputError(
                 f"stages is {self.stages} and stage_gb {self.stage_gb}; expected at least 1 stage, and a limit in GB "
@@ -111,8 +115,9 @@ class Recipe:
         changes = rule.changes()
         if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
             changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
-        # Which kernels there are for a matrix of another scheme is the lowering's concern.
-        return dataclasses.replace(self, rules=(), **{"kernels": "stock", **changes})
+        # Where corral has no kernels for a matrix, those of ONNX Runtime compute it, or the lowering refuses.
+        kernels = self.kernels if changes.get("weights", self.weights) in cpu_ops.WEIGHTS else "stock"
+        return dataclasses.replace(self, rules=(), **{"kernels": kernels, **changes})
 
     @property
     def schemes(self) -> tuple[str, ...]:

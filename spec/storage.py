@@ -11,6 +11,7 @@ from corral.spec.weight_plan import ITEM_BITS
 # output, which is not counted (less than 0.1 %). Some of these are planned for GPUs and not compiled yet.
 WEIGHT_BITS = {
     "fp32": (32, False), "fp16": (16, False), "bf16": (16, False), "fp8": (8, False), "int8": (8, True), "int4": (4, True),
+    "int3": (3, True), "int2": (2, True),
 }  # fmt: skip
 IN_FLOAT32 = ("router", "norm")
 

@@ -23,7 +23,7 @@ class Target:
     opset: int  # of the default ONNX domain
     kernels: tuple[str, ...] = (
         "stock",
-    )  # "stock": the backend's own; "corral": also corral's CPU kernels, for int4 and int8
+    )  # "stock": the backend's own; "corral": also corral's CPU kernels, for `cpu_ops.WEIGHTS`
     kv_dtype: str = "float32"  # of the caches
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
@@ -56,7 +56,7 @@ TARGETS = {
         Target(
             name="cpu",
             description="ONNX Runtime's CPU kernels: QMoE, MatMulNBits, GroupQueryAttention on shared caches",
-            weights=("fp32", "int8", "int4"),
+            weights=("fp32", "int8", "int4", "int3", "int2"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
             kernels=("stock", "corral"),

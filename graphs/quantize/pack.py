@@ -25,11 +25,9 @@ def pack_rows(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.uint8]:
 
 
 def pack_signed_rows(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:
-    """Signed codes [outputs, inputs], as ONNX stores INT4 and INT8: two's complement, packed along the last axis."""
-    zero_point = np.uint8(1 << (bits - 1))
-    if bits == 4:
-        return pack_nibbles((codes ^ zero_point) & np.uint8(15))  # code - 8 in 4-bit two's complement
-    return (codes ^ zero_point).view(np.int8)
+    """Signed codes [outputs, inputs], as ONNX stores INT4 (up to 4 bits) and INT8: two's complement, along the last axis."""
+    signed = codes - np.uint8(1 << (bits - 1))  # wraps around, which is two's complement
+    return pack_nibbles(signed & np.uint8(15)) if bits <= 4 else signed.view(np.int8)
 
 
 def pack_columns(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:

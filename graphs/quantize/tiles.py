@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,15 +12,29 @@ from corral.spec.errors import InputError
 
 
 def tile_codes(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.uint8]:
-    """Codes [outputs, inputs] of 4 or 8 bits -> bytes [outputs / 16, 2 * bits * inputs].
+    """Codes [outputs, inputs] of 2, 3, 4 or 8 bits -> bytes [outputs / 16, 2 * bits * inputs].
 
-    8 bits: for each 4 inputs k … k+3 a tile has 64 bytes, and byte 4r + c is code[r, k + c]. 4 bits: for each 8 inputs
-    k … k+7 it has 64 bytes, and byte 4r + c is code[r, k + c] | code[r, k + 4 + c] << 4.
+    A tile is a row of vectors of 64 bytes, whose byte 4r + c belongs to output r and the c-th of each four inputs; 8 / bits
+    fours share a vector, the first in the lowest bits. 3 bits: for each 32 inputs two vectors of the low 2 bits, then one of
+    the high bits.
     """
     outputs, inputs = codes.shape
-    fours = codes.reshape(outputs // TILE_OUTPUTS, TILE_OUTPUTS, inputs // 4, 4)
-    stored = fours if bits == 8 else fours[:, :, 0::2] | (fours[:, :, 1::2] << np.uint8(4))
-    return np.ascontiguousarray(stored.transpose(0, 2, 1, 3)).reshape(outputs // TILE_OUTPUTS, 2 * bits * inputs)
+    tiles = codes.reshape(outputs // TILE_OUTPUTS, TILE_OUTPUTS, inputs // 4, 4).transpose(0, 2, 1, 3)
+    if bits == 3:
+        by_block = (len(tiles), inputs // 32, -1, TILE_OUTPUTS, 4)
+        low, high = _shared(tiles & np.uint8(3), 2), _shared(tiles >> np.uint8(2), 1)
+        vectors = np.concatenate([low.reshape(by_block), high.reshape(by_block)], axis=2)
+    else:
+        vectors = _shared(tiles, bits)
+    return np.ascontiguousarray(vectors).reshape(outputs // TILE_OUTPUTS, 2 * bits * inputs)
+
+
+def _shared(fours: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[tiles, fours, 16, 4] -> as many fours in one as a byte has room for."""
+    count = 8 // bits
+    return functools.reduce(
+        np.bitwise_or, (fours[:, i::count] << np.uint8(bits * i) for i in range(count)), np.zeros((), np.uint8)
+    )
 
 
 def tile_scales(scales: NDArray[np.float32]) -> NDArray[np.float16]:

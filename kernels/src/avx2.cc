@@ -13,71 +13,108 @@
 namespace corral {
 namespace {
 
+inline __m256i vector(const uint8_t* codes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)); }
+
 inline __m256i broadcast(const int8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof word);
   return _mm256_set1_epi32(word);
 }
 
+// The codes of half the outputs and the `Four`th four inputs of a step.
+struct Int4 {
+  static constexpr int32_t kBits = 4, kStep = 8;
+  template <int Four>
+  static inline __m256i load(const uint8_t* step) {
+    const __m256i pair = vector(step + 64 * (Four / 2));
+    return _mm256_and_si256(Four % 2 ? _mm256_srli_epi16(pair, 4) : pair, _mm256_set1_epi8(15));
+  }
+};
+
+struct Int2 {
+  static constexpr int32_t kBits = 2, kStep = 16;
+  template <int Four>
+  static inline __m256i load(const uint8_t* step) {
+    const __m256i four = vector(step + 64 * (Four / 4));
+    return _mm256_and_si256(Four % 4 ? _mm256_srli_epi16(four, 2 * (Four % 4)) : four, _mm256_set1_epi8(3));
+  }
+};
+
+struct Int3 {
+  static constexpr int32_t kBits = 3, kStep = 32;
+  template <int Four>
+  static inline __m256i load(const uint8_t* step) {
+    const __m256i all = vector(step + 128);
+    const __m256i high = Four < 2 ? _mm256_slli_epi16(all, 2 - Four) : _mm256_srli_epi16(all, Four - 2);
+    return _mm256_or_si256(Int2::load<Four>(step), _mm256_and_si256(high, _mm256_set1_epi8(4)));
+  }
+};
+
+struct Int8 {
+  static constexpr int32_t kBits = 8, kStep = 8;
+};
+
+// Adds the products of a step's fours from `Four` on, two at a time, in 16 bits.
+template <class Codes, int Rows, int Four = 0>
+inline void add_step(const uint8_t* step, const int8_t* x, int64_t rows, __m256i (&narrow)[Rows][2]) {
+  const int8_t* next = x + 4 * rows;
+  for (int half = 0; half < 2; half++) {
+    const __m256i w = Codes::template load<Four>(step + 32 * half);
+    const __m256i w_next = Codes::template load<Four + 1>(step + 32 * half);
+    for (int i = 0; i < Rows; i++) {
+      const __m256i products = _mm256_maddubs_epi16(w, broadcast(x + 4 * i));
+      const __m256i products_next = _mm256_maddubs_epi16(w_next, broadcast(next + 4 * i));
+      narrow[i][half] = _mm256_add_epi16(narrow[i][half], _mm256_add_epi16(products, products_next));
+    }
+  }
+  if constexpr (4 * (Four + 2) < Codes::kStep) add_step<Codes, Rows, Four + 2>(step, next + 4 * rows, rows, narrow);
+}
+
 // Both below give sum((w - zero) * x) over one group of inputs from `first` on, of a tile and `Rows` rows of the panel from
 // `row` on; a tile's 16 outputs are two vectors of 8.
 
-struct Nibbles {
-  // Products of 4-bit by 8-bit codes fit 16 bits in sums of 8: |15 * 127 * 8| = 15240 for each of the two that
-  // maddubs adds, 30480 together. So 32 inputs are summed in 16 bits before they are widened.
-  static constexpr int64_t kNarrow = 32;
-
-  template <int Rows>
-  static inline void products(const Tile& tile, const Panel& panel, int64_t row, int64_t first, Inputs inputs,
-                              __m256i (&sum)[Rows][2]) {
-    const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    const int64_t at = first / inputs.group * panel.rows + row;
-    for (int i = 0; i < Rows; i++) sum[i][0] = sum[i][1] = _mm256_set1_epi32(-8 * panel.sums[at + i]);
-    for (int64_t part = first; part < first + inputs.group; part += kNarrow) {
-      __m256i narrow[Rows][2];
-      for (auto& n : narrow) n[0] = n[1] = _mm256_setzero_si256();
-      for (int64_t k = part; k < part + kNarrow; k += 8) {
-        const int8_t* x = panel.codes + k * panel.rows + 4 * row;
-        for (int half = 0; half < 2; half++) {
-          const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.codes + 8 * k + 32 * half));
-          const __m256i low = _mm256_and_si256(w, low_half), high = _mm256_and_si256(_mm256_srli_epi16(w, 4), low_half);
-          for (int i = 0; i < Rows; i++) {
-            const __m256i by_low = _mm256_maddubs_epi16(low, broadcast(x + 4 * i));
-            const __m256i by_high = _mm256_maddubs_epi16(high, broadcast(x + 4 * (panel.rows + i)));
-            narrow[i][half] = _mm256_add_epi16(narrow[i][half], _mm256_add_epi16(by_low, by_high));
-          }
-        }
-      }
-      for (int i = 0; i < Rows; i++) {
-        for (int half = 0; half < 2; half++) {
-          sum[i][half] = _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(narrow[i][half], ones));
-        }
-      }
-    }
+// A block's products with codes of up to 4 bits fit 16 bits: maddubs adds two, of 8 fours: 15 * 127 * 2 * 8 = 30480.
+template <class Codes, int Rows>
+inline void sum_group(Codes, const Tile& tile, const Panel& panel, int64_t row, int64_t first, Inputs inputs,
+                      __m256i (&sum)[Rows][2]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const int64_t at = first / inputs.group * panel.rows + row;
+  for (int i = 0; i < Rows; i++) {
+    sum[i][0] = sum[i][1] = _mm256_set1_epi32(-(1 << (Codes::kBits - 1)) * panel.sums[at + i]);
   }
-};
-
-struct Bytes {
-  // maddubs takes one factor unsigned: the weight's magnitude, at most 128, whose sign goes to the activation. Two products,
-  // at most 2 * 128 * 127 = 32512, just fit 16 bits.
-  template <int Rows>
-  static inline void products(const Tile& tile, const Panel& panel, int64_t row, int64_t first, Inputs inputs,
-                              __m256i (&sum)[Rows][2]) {
-    const __m256i zero_point = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
-    for (auto& s : sum) s[0] = s[1] = _mm256_setzero_si256();
-    for (int64_t k = first; k < first + inputs.group; k += 4) {
-      const int8_t* x = panel.codes + k * panel.rows + 4 * row;
+  for (int64_t block = first; block < first + inputs.group; block += kBlock) {
+    __m256i narrow[Rows][2];
+    for (auto& n : narrow) n[0] = n[1] = _mm256_setzero_si256();
+    for (int64_t k = block; k < block + kBlock; k += Codes::kStep) {
+      add_step<Codes, Rows>(tile.codes + 2 * Codes::kBits * k, panel.codes + k * panel.rows + 4 * row, panel.rows, narrow);
+    }
+    for (int i = 0; i < Rows; i++) {
       for (int half = 0; half < 2; half++) {
-        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.codes + 16 * k + 32 * half));
-        const __m256i w = _mm256_xor_si256(codes, zero_point), magnitude = _mm256_abs_epi8(w);
-        for (int i = 0; i < Rows; i++) {
-          const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(broadcast(x + 4 * i), w));
-          sum[i][half] = _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(pairs, ones));
-        }
+        sum[i][half] = _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(narrow[i][half], ones));
       }
     }
   }
-};
+}
+
+// maddubs takes one factor unsigned: the weight's magnitude, at most 128, whose sign goes to the activation. Two products,
+// at most 2 * 128 * 127 = 32512, just fit 16 bits.
+template <int Rows>
+inline void sum_group(Int8, const Tile& tile, const Panel& panel, int64_t row, int64_t first, Inputs inputs,
+                      __m256i (&sum)[Rows][2]) {
+  const __m256i zero_point = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  for (auto& s : sum) s[0] = s[1] = _mm256_setzero_si256();
+  for (int64_t k = first; k < first + inputs.group; k += 4) {
+    const int8_t* x = panel.codes + k * panel.rows + 4 * row;
+    for (int half = 0; half < 2; half++) {
+      const __m256i w = _mm256_xor_si256(vector(tile.codes + 16 * k + 32 * half), zero_point);
+      const __m256i magnitude = _mm256_abs_epi8(w);
+      for (int i = 0; i < Rows; i++) {
+        const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(broadcast(x + 4 * i), w));
+        sum[i][half] = _mm256_add_epi32(sum[i][half], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+}
 
 template <class Codes, int Rows>
 inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs inputs, float* y, int64_t row_stride) {
@@ -86,7 +123,7 @@ inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs i
   for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
     const int64_t at = group * panel.rows + row;
     __m256i sum[Rows][2];
-    Codes::template products<Rows>(tile, panel, row, group * inputs.group, inputs, sum);
+    sum_group(Codes{}, tile, panel, row, group * inputs.group, inputs, sum);
     for (int half = 0; half < 2; half++) {
       const uint16_t* scales = tile.scales + group * kTileOutputs + 8 * half;
       const __m256 weight_scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
@@ -116,10 +153,13 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
   one_tile<Codes>(second, panel, inputs, y + kTileOutputs, row_stride);
 }
 
+template <class Codes>
+constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
+
 }  // namespace
 
-extern const Kernels kAvx2{
-    quantize_row, {one_tile<Nibbles>, two_tiles<Nibbles>}, {one_tile<Bytes>, two_tiles<Bytes>}, swiglu_rows};
+extern const Kernels kAvx2{quantize_row,    kProducts<Int2>, kProducts<Int3>,
+                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
 
 }  // namespace corral
 #if defined(__clang__)

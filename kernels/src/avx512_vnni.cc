@@ -22,66 +22,90 @@ inline __m512i broadcast(const int8_t* codes) {
   return _mm512_set1_epi32(word);
 }
 
-// A tile's codes of 8 inputs: of the first 4 and of the others.
-struct Nibbles {
-  static constexpr int64_t kBytesOf8 = 64;
-  static constexpr int32_t kZero = 8;
-
-  static inline void load(const uint8_t* codes, __m512i& low, __m512i& high) {
-    const __m512i w = _mm512_loadu_si512(codes), low_half = _mm512_set1_epi8(15);
-    low = _mm512_and_si512(w, low_half);
-    high = _mm512_and_si512(_mm512_srli_epi16(w, 4), low_half);
+// The codes of the `Four`th four inputs of a step.
+struct Int8 {
+  static constexpr int32_t kBits = 8, kStep = 8;
+  template <int Four>
+  static inline __m512i load(const uint8_t* step) {
+    return _mm512_loadu_si512(step + 64 * Four);
   }
 };
 
-struct Bytes {
-  static constexpr int64_t kBytesOf8 = 128;
-  static constexpr int32_t kZero = 128;
-
-  static inline void load(const uint8_t* codes, __m512i& low, __m512i& high) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes + 64 + kPrefetchBytes), _MM_HINT_T0);
-    low = _mm512_loadu_si512(codes);
-    high = _mm512_loadu_si512(codes + 64);
+struct Int4 {
+  static constexpr int32_t kBits = 4, kStep = 8;
+  template <int Four>
+  static inline __m512i load(const uint8_t* step) {
+    const __m512i pair = _mm512_loadu_si512(step + 64 * (Four / 2));
+    return _mm512_and_si512(Four % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
   }
 };
+
+struct Int2 {
+  static constexpr int32_t kBits = 2, kStep = 16;
+  template <int Four>
+  static inline __m512i load(const uint8_t* step) {
+    const __m512i four = _mm512_loadu_si512(step + 64 * (Four / 4));
+    return _mm512_and_si512(Four % 4 ? _mm512_srli_epi16(four, 2 * (Four % 4)) : four, _mm512_set1_epi8(3));
+  }
+};
+
+struct Int3 {
+  static constexpr int32_t kBits = 3, kStep = 32;
+  template <int Four>
+  static inline __m512i load(const uint8_t* step) {
+    const __m512i all = _mm512_loadu_si512(step + 128);
+    const __m512i high = Four < 2 ? _mm512_slli_epi16(all, 2 - Four) : _mm512_srli_epi16(all, Four - 2);
+    return _mm512_or_si512(Int2::load<Four>(step), _mm512_and_si512(high, _mm512_set1_epi8(4)));
+  }
+};
+
+// Adds the products of a step's fours from `Four` on, to each of the sums in turn.
+template <class Codes, int Rows, int Tiles, int Sums, int Four = 0>
+inline void add_step(const uint8_t* const* steps, const int8_t* x, __m512i (&sum)[Sums][Rows][Tiles]) {
+  for (int t = 0; t < Tiles; t++) {
+    const __m512i w = Codes::template load<Four>(steps[t]);
+    for (int i = 0; i < Rows; i++) {
+      __m512i& into = sum[Four % Sums][i][t];
+      into = _mm512_dpbusd_epi32(into, w, broadcast(x + 4 * (Four * Rows + i)));
+    }
+  }
+  if constexpr (4 * (Four + 1) < Codes::kStep) add_step<Codes, Rows, Tiles, Sums, Four + 1>(steps, x, sum);
+}
 
 // A panel of exactly `Rows` rows by `Tiles` tiles; a tile's 16 outputs are one vector.
 template <class Codes, int Rows, int Tiles>
 inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
-  // Few accumulators would wait for each other: then low and high halves are summed apart.
-  constexpr bool apart = Rows * Tiles <= 4;
+  // A few sums would wait for each other: then there are several of each.
+  constexpr int sums = Rows * Tiles <= 2 ? 4 : Rows * Tiles <= 4 ? 2 : 1;
   __m512 total[Rows][Tiles];
   for (auto& row : total) {
     for (__m512& t : row) t = _mm512_setzero_ps();
   }
   for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
     const int64_t first = group * inputs.group, at = group * Rows;
-    __m512i sum[Rows][Tiles], sum_high[apart ? Rows : 1][Tiles];
+    __m512i sum[sums][Rows][Tiles];
     for (int i = 0; i < Rows; i++) {
       for (int t = 0; t < Tiles; t++) {
-        sum[i][t] = _mm512_set1_epi32(-Codes::kZero * panel.sums[at + i]);
-        if (apart) sum_high[apart ? i : 0][t] = _mm512_setzero_si512();
+        sum[0][i][t] = _mm512_set1_epi32(-(1 << (Codes::kBits - 1)) * panel.sums[at + i]);
+        for (int s = 1; s < sums; s++) sum[s][i][t] = _mm512_setzero_si512();
       }
     }
-    for (int64_t k = first; k < first + inputs.group; k += 8) {
-      const int8_t *x_low = panel.codes + k * Rows, *x_high = x_low + 4 * Rows;
+    for (int64_t k = first; k < first + inputs.group; k += Codes::kStep) {
+      const uint8_t* steps[Tiles];
       for (int t = 0; t < Tiles; t++) {
-        const uint8_t* codes = tiles[t].codes + k / 8 * Codes::kBytesOf8;
-        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetchBytes), _MM_HINT_T0);
-        __m512i low, high;
-        Codes::load(codes, low, high);
-        for (int i = 0; i < Rows; i++) {
-          sum[i][t] = _mm512_dpbusd_epi32(sum[i][t], low, broadcast(x_low + 4 * i));
-          __m512i& into = apart ? sum_high[apart ? i : 0][t] : sum[i][t];
-          into = _mm512_dpbusd_epi32(into, high, broadcast(x_high + 4 * i));
+        steps[t] = tiles[t].codes + 2 * Codes::kBits * k;
+        for (int line = 0; line < Codes::kBits * Codes::kStep / 32; line++) {
+          _mm_prefetch(reinterpret_cast<const char*>(steps[t] + 64 * line + kPrefetchBytes), _MM_HINT_T0);
         }
       }
+      add_step<Codes, Rows, Tiles, sums>(steps, panel.codes + k * Rows, sum);
     }
     for (int t = 0; t < Tiles; t++) {
       const uint16_t* scales = tiles[t].scales + group * kTileOutputs;
       const __m512 weight_scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
       for (int i = 0; i < Rows; i++) {
-        const __m512i whole = apart ? _mm512_add_epi32(sum[i][t], sum_high[apart ? i : 0][t]) : sum[i][t];
+        __m512i whole = sum[0][i][t];
+        for (int s = 1; s < sums; s++) whole = _mm512_add_epi32(whole, sum[s][i][t]);
         const __m512 scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(panel.scales[at + i]));
         total[i][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, total[i][t]);
       }
@@ -115,7 +139,7 @@ constexpr ByRows kOne[] = {one<C, 1>, one<C, 2>, one<C, 3>, one<C, 4>,  one<C, 5
 template <class C>
 constexpr ByRows kTwo[] = {two<C, 1>, two<C, 2>, two<C, 3>, two<C, 4>,  two<C, 5>,  two<C, 6>,
                            two<C, 7>, two<C, 8>, two<C, 9>, two<C, 10>, two<C, 11>, two<C, 12>};
-static_assert(sizeof kOne<Nibbles> / sizeof(ByRows) == kPanelRows && sizeof kTwo<Nibbles> / sizeof(ByRows) == kPanelRows);
+static_assert(sizeof kOne<Int4> / sizeof(ByRows) == kPanelRows && sizeof kTwo<Int4> / sizeof(ByRows) == kPanelRows);
 
 template <class Codes>
 void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
@@ -128,10 +152,13 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
   kTwo<Codes>[panel.rows - 1](tiles, panel, inputs, y, row_stride);
 }
 
+template <class Codes>
+constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
+
 }  // namespace
 
-extern const Kernels kAvx512Vnni{
-    quantize_row, {one_tile<Nibbles>, two_tiles<Nibbles>}, {one_tile<Bytes>, two_tiles<Bytes>}, swiglu_rows};
+extern const Kernels kAvx512Vnni{quantize_row,    kProducts<Int2>, kProducts<Int3>,
+                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
 
 }  // namespace corral
 #if defined(__clang__)

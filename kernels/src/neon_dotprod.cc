@@ -15,25 +15,43 @@ namespace {
 
 constexpr int kParts = 4;  // vectors of 4 outputs in a tile
 
-// A tile's codes of 8 inputs, as signed numbers: of the first 4 and of the others.
-struct Nibbles {
-  static constexpr int64_t kBytesOf8 = 64;
-  static constexpr int32_t kZero = 8;  // what is still to be subtracted
-
-  static inline void load(const uint8_t* codes, int part, int8x16_t& low, int8x16_t& high) {
-    const uint8x16_t w = vld1q_u8(codes + 16 * part);
-    low = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
-    high = vreinterpretq_s8_u8(vshrq_n_u8(w, 4));
+// The codes of 4 outputs and the `Four`th four inputs of a step, as signed numbers, from which kZero is still to be
+// subtracted.
+struct Int8 {
+  static constexpr int32_t kBits = 8, kStep = 8, kZero = 0;  // with the sign bit turned, codes are what they stand for
+  template <int Four>
+  static inline int8x16_t load(const uint8_t* step) {
+    return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(step + 64 * Four), vdupq_n_u8(128)));
   }
 };
 
-struct Bytes {
-  static constexpr int64_t kBytesOf8 = 128;
-  static constexpr int32_t kZero = 0;  // with the sign bit turned, codes are what they stand for
+struct Int4 {
+  static constexpr int32_t kBits = 4, kStep = 8, kZero = 8;
+  template <int Four>
+  static inline int8x16_t load(const uint8_t* step) {
+    const uint8x16_t pair = vld1q_u8(step + 64 * (Four / 2));
+    return vreinterpretq_s8_u8(Four % 2 ? vshrq_n_u8(pair, 4) : vandq_u8(pair, vdupq_n_u8(15)));
+  }
+};
 
-  static inline void load(const uint8_t* codes, int part, int8x16_t& low, int8x16_t& high) {
-    low = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(codes + 16 * part), vdupq_n_u8(128)));
-    high = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(codes + 64 + 16 * part), vdupq_n_u8(128)));
+struct Int2 {
+  static constexpr int32_t kBits = 2, kStep = 16, kZero = 2;
+  template <int Four>
+  static inline int8x16_t load(const uint8_t* step) {
+    uint8x16_t four = vld1q_u8(step + 64 * (Four / 4));
+    if constexpr (Four % 4 > 0) four = vshrq_n_u8(four, 2 * (Four % 4));
+    return vreinterpretq_s8_u8(vandq_u8(four, vdupq_n_u8(3)));
+  }
+};
+
+struct Int3 {
+  static constexpr int32_t kBits = 3, kStep = 32, kZero = 4;
+  template <int Four>
+  static inline int8x16_t load(const uint8_t* step) {
+    uint8x16_t high = vld1q_u8(step + 128);
+    if constexpr (Four < 2) high = vshlq_n_u8(high, 2 - Four);
+    if constexpr (Four > 2) high = vshrq_n_u8(high, Four - 2);
+    return vorrq_s8(Int2::load<Four>(step), vreinterpretq_s8_u8(vandq_u8(high, vdupq_n_u8(4))));
   }
 };
 
@@ -42,6 +60,18 @@ inline int8x16_t broadcast(const int8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof word);
   return vreinterpretq_s8_s32(vdupq_n_s32(word));
+}
+
+// Adds the products of a step's fours from `Four` on.
+template <class Codes, int Rows, int Four = 0>
+inline void add_step(const uint8_t* step, const int8_t* x, int64_t rows, int32x4_t (&sum)[Rows][kParts]) {
+  int8x16_t inputs[Rows];
+  for (int i = 0; i < Rows; i++) inputs[i] = broadcast(x + 4 * (Four * rows + i));
+  for (int part = 0; part < kParts; part++) {
+    const int8x16_t w = Codes::template load<Four>(step + 16 * part);
+    for (int i = 0; i < Rows; i++) sum[i][part] = vdotq_s32(sum[i][part], w, inputs[i]);
+  }
+  if constexpr (4 * (Four + 1) < Codes::kStep) add_step<Codes, Rows, Four + 1>(step, x, rows, sum);
 }
 
 // `Rows` rows of the panel from `row` on.
@@ -57,17 +87,8 @@ inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs i
     for (int i = 0; i < Rows; i++) {
       for (int32x4_t& s : sum[i]) s = vdupq_n_s32(-Codes::kZero * panel.sums[at + i]);
     }
-    for (int64_t k = first; k < first + inputs.group; k += 8) {
-      const int8_t *x_low = panel.codes + k * panel.rows + 4 * row, *x_high = x_low + 4 * panel.rows;
-      int8x16_t low_of[Rows], high_of[Rows];
-      for (int i = 0; i < Rows; i++) low_of[i] = broadcast(x_low + 4 * i), high_of[i] = broadcast(x_high + 4 * i);
-      for (int part = 0; part < kParts; part++) {
-        int8x16_t low, high;
-        Codes::load(tile.codes + k / 8 * Codes::kBytesOf8, part, low, high);
-        for (int i = 0; i < Rows; i++) {
-          sum[i][part] = vdotq_s32(vdotq_s32(sum[i][part], low, low_of[i]), high, high_of[i]);
-        }
-      }
+    for (int64_t k = first; k < first + inputs.group; k += Codes::kStep) {
+      add_step<Codes, Rows>(tile.codes + 2 * Codes::kBits * k, panel.codes + k * panel.rows + 4 * row, panel.rows, sum);
     }
     for (int part = 0; part < kParts; part++) {
       const uint16_t* scales = tile.scales + group * kTileOutputs + 4 * part;
@@ -97,10 +118,13 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
   one_tile<Codes>(second, panel, inputs, y + kTileOutputs, row_stride);
 }
 
+template <class Codes>
+constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
+
 }  // namespace
 
-extern const Kernels kNeonDotprod{
-    quantize_row, {one_tile<Nibbles>, two_tiles<Nibbles>}, {one_tile<Bytes>, two_tiles<Bytes>}, swiglu_rows};
+extern const Kernels kNeonDotprod{quantize_row,    kProducts<Int2>, kProducts<Int3>,
+                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
 
 }  // namespace corral
 #if defined(__clang__)

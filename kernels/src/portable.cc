@@ -15,26 +15,30 @@ float float_of_half(uint16_t half) {
   return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-// The product of the codes of one output by 8 inputs and a row's; `low` are the first 4 of the row's, `high` the others.
-struct Nibbles {
-  static constexpr int64_t kBytesOf8 = 64;
-  static constexpr int32_t kZero = 8;
+// The code of one output and of input k of a block.
+struct Int8 {
+  static constexpr int32_t kBits = 8;
+  static int32_t code(const uint8_t* block, int64_t output, int64_t k) { return block[64 * (k / 4) + 4 * output + k % 4]; }
+};
 
-  static int32_t product(const uint8_t* w, int64_t output, const int8_t* low, const int8_t* high) {
-    int32_t sum = 0;
-    for (int64_t c = 0; c < 4; c++) sum += (w[4 * output + c] & 15) * low[c] + (w[4 * output + c] >> 4) * high[c];
-    return sum;
+struct Int4 {
+  static constexpr int32_t kBits = 4;
+  static int32_t code(const uint8_t* block, int64_t output, int64_t k) {
+    return block[64 * (k / 8) + 4 * output + k % 4] >> (4 * (k / 4 % 2)) & 15;
   }
 };
 
-struct Bytes {
-  static constexpr int64_t kBytesOf8 = 128;
-  static constexpr int32_t kZero = 128;
+struct Int2 {
+  static constexpr int32_t kBits = 2;
+  static int32_t code(const uint8_t* block, int64_t output, int64_t k) {
+    return block[64 * (k / 16) + 4 * output + k % 4] >> (2 * (k / 4 % 4)) & 3;
+  }
+};
 
-  static int32_t product(const uint8_t* w, int64_t output, const int8_t* low, const int8_t* high) {
-    int32_t sum = 0;
-    for (int64_t c = 0; c < 4; c++) sum += w[4 * output + c] * low[c] + w[64 + 4 * output + c] * high[c];
-    return sum;
+struct Int3 {
+  static constexpr int32_t kBits = 3;
+  static int32_t code(const uint8_t* block, int64_t output, int64_t k) {
+    return Int2::code(block, output, k) | (block[128 + 4 * output + k % 4] >> (k / 4) & 1) << 2;
   }
 };
 
@@ -44,11 +48,13 @@ void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int
     float total[kTileOutputs] = {};
     for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
       int32_t sum[kTileOutputs];
-      for (int32_t& s : sum) s = -Codes::kZero * panel.sums[group * panel.rows + row];
-      for (int64_t k = group * inputs.group; k < (group + 1) * inputs.group; k += 8) {
-        const uint8_t* w = tile.codes + k / 8 * Codes::kBytesOf8;
-        const int8_t *low = panel.codes + k * panel.rows + 4 * row, *high = low + 4 * panel.rows;
-        for (int64_t r = 0; r < kTileOutputs; r++) sum[r] += Codes::product(w, r, low, high);
+      for (int32_t& s : sum) s = -(1 << (Codes::kBits - 1)) * panel.sums[group * panel.rows + row];
+      for (int64_t first = group * inputs.group; first < (group + 1) * inputs.group; first += kBlock) {
+        const uint8_t* block = tile.codes + 2 * Codes::kBits * first;
+        for (int64_t k = 0; k < kBlock; k++) {
+          const int32_t x = panel.codes[((first + k) / 4 * panel.rows + row) * 4 + k % 4];
+          for (int64_t r = 0; r < kTileOutputs; r++) sum[r] += Codes::code(block, r, k) * x;
+        }
       }
       const float scale = panel.scales[group * panel.rows + row];
       for (int64_t r = 0; r < kTileOutputs; r++) {
@@ -66,9 +72,12 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
   one_tile<Codes>(second, panel, inputs, y + kTileOutputs, row_stride);
 }
 
+template <class Codes>
+constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
+
 }  // namespace
 
-extern const Kernels kPortable{
-    quantize_row, {one_tile<Nibbles>, two_tiles<Nibbles>}, {one_tile<Bytes>, two_tiles<Bytes>}, swiglu_rows};
+extern const Kernels kPortable{quantize_row,    kProducts<Int2>, kProducts<Int3>,
+                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
 
 }  // namespace corral

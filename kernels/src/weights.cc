@@ -11,8 +11,8 @@ std::string shape_in_words(const std::vector<int64_t>& shape) {
 Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank, const char* bits_name,
                      const char* name) {
   const int64_t bits = api.attribute(info, bits_name), bytes_an_input = kTileOutputs * bits / 8;
-  if (bits != 4 && bits != 8) {
-    throw ort::Failure(ort::kInvalidArgument, std::string(bits_name) + " is " + std::to_string(bits) + ", expected 4 or 8");
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
+    throw ort::Failure(ort::kInvalidArgument, std::string(bits_name) + " is " + std::to_string(bits) + ", expected 2, 3, 4 or 8");
   }
   const ort::Tensor codes = api.constant(info, first), scales = api.constant(info, first + 1);
   const auto refuse = [&](const char* expected) {
@@ -29,8 +29,7 @@ Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t fi
   }
   const int64_t bytes = codes.shape[rank - 1], groups = scales.shape[rank - 1];
   if (scales.shape[rank] != kTileOutputs || groups < 1 || bytes < 1 || bytes % (bytes_an_input * groups)) {
-    refuse(bits == 4 ? "16 scales for each group of inputs, and 8 bytes of codes for each input"
-                     : "16 scales for each group of inputs, and 16 bytes of codes for each input");
+    refuse(("16 scales for each group of inputs, and " + std::to_string(bytes_an_input) + " bytes of codes for each input").c_str());
   }
   const Inputs inputs{bytes / bytes_an_input, bytes / bytes_an_input / groups};
   if (inputs.group != 32 && inputs.group != 64 && inputs.group != 128) refuse("32, 64 or 128 inputs in a group");

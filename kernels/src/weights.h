@@ -23,7 +23,9 @@ struct Weights {
     return {codes + i * inputs.count * kTileOutputs * bits / 8, scales + i * (inputs.count / inputs.group) * kTileOutputs};
   }
 
-  const Products& products(const Kernels& kernels) const { return bits == 4 ? kernels.int4 : kernels.int8; }
+  const Products& products(const Kernels& kernels) const {
+    return bits == 2 ? kernels.int2 : bits == 3 ? kernels.int3 : bits == 4 ? kernels.int4 : kernels.int8;
+  }
 };
 
 // The weights at inputs `first` and `first + 1` of an operator; the attribute `bits` says what the codes have. Throws

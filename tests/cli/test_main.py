@@ -72,7 +72,7 @@ def test_version(corral: Corral) -> None:
         (["compilee"], "No such command 'compilee'. Run `corral --help`"),
         (["compile", "--foo"], "No such option '--foo'."),
         (["compile"], "Missing argument 'CHECKPOINT'. Run `corral compile --help`"),
-        (["compile", "x", "-o", "y", "--weights", "int3"], 'weights "int3" are not known; expected one of fp32'),
+        (["compile", "x", "-o", "y", "--weights", "int5"], 'weights "int5" are not known; expected one of fp32'),
         (["compile", "x", "-o", "y", "--group-size", "7"], "group_size is 7, expected one of 32, 64, 128"),
         (["compile", "x"], "expected -o OUT, or --discard to write nothing; got neither."),
         (["compile", "x", "-o", "y", "--discard"], "expected -o OUT, or --discard to write nothing; got both."),

@@ -59,7 +59,7 @@ class RoundedExperts(Experts):
         return rounded(F.silu(gate) * up) @ self.down_proj[expert]
 
 
-def reference(directory: Path, in_8_bits: Callable[[str], bool] = lambda name: False) -> Llama4Text:
+def reference(directory: Path, bits_of: Callable[[str], int] = lambda name: 4) -> Llama4Text:
     """The model with the kernels' arithmetic, but for the order of sums."""
     model = load_reference(open_checkpoint(directory))
     with torch.no_grad():
@@ -67,10 +67,10 @@ def reference(directory: Path, in_8_bits: Callable[[str], bool] = lambda name: F
             if isinstance(module, Experts):
                 module.__class__ = RoundedExperts
                 for own in ("gate_up_proj", "down_proj"):
-                    parameter, bits = getattr(module, own), 8 if in_8_bits(f"{name}.{own}") else 4
+                    parameter, bits = getattr(module, own), bits_of(f"{name}.{own}")
                     parameter.copy_(dequantized(parameter.transpose(1, 2), bits).transpose(1, 2))
             elif isinstance(module, nn.Linear) and "router" not in name:
-                module.weight.copy_(dequantized(module.weight, 8 if in_8_bits(name) else 4))
+                module.weight.copy_(dequantized(module.weight, bits_of(name)))
                 module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
     return model
 
@@ -88,18 +88,19 @@ def test_logits_are_those_of_the_stored_weights(tiny_checkpoint: Checkpoint, tin
     assert error.max() < 2e-2
 
 
-def test_matrices_may_have_8_bits_by_rules(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_matrices_may_have_other_bits_by_rules(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A whole module, one of three that would be merged, two of three that would be fused, experts, and the head."""
-    patterns = (
-        "layers.0.self_attn.*",
-        "layers.1.self_attn.k_proj",
-        "layers.1.*.shared_expert.down_proj",
-        "layers.2.*.shared_expert.up_proj",
-        "layers.3.feed_forward.experts.down_proj",
-        "layers.1.feed_forward.experts.*",
-        "lm_head",
-    )
-    rules = tuple(Rule(matrices=pattern, weights="int8") for pattern in patterns)
+    bits = {
+        "layers.0.self_attn.*": 8,
+        "layers.1.self_attn.k_proj": 8,
+        "layers.1.*.shared_expert.down_proj": 3,
+        "layers.2.*.shared_expert.up_proj": 8,
+        "layers.3.feed_forward.experts.down_proj": 3,
+        "layers.1.feed_forward.experts.*": 8,
+        "layers.2.feed_forward.experts.*": 2,
+        "lm_head": 8,
+    }
+    rules = tuple(Rule(matrices=pattern, weights=f"int{n}") for pattern, n in bits.items())
     bundle = compile(tiny_checkpoint("scout"), tmp_path / "out", dataclasses.replace(RECIPE, rules=rules))
     nodes = [node.op_type for node in onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node]
     layers = bundle.manifest.model.num_layers
@@ -107,7 +108,8 @@ def test_matrices_may_have_8_bits_by_rules(tiny_checkpoint: Checkpoint, tmp_path
     assert "MatMulNBits" not in nodes
     assert (nodes.count("TiledFeedForward"), nodes.count("TiledExperts")) == (layers - 1, layers)
     ids = np.random.default_rng(3).integers(0, 256, 40)
-    model = reference(tiny_checkpoint("scout"), lambda name: any(fnmatchcase(name, pattern) for pattern in patterns))
+    ruled = lambda name: next((n for pattern, n in bits.items() if fnmatchcase(name, pattern)), 4)  # noqa: E731
+    model = reference(tiny_checkpoint("scout"), ruled)
     with torch.no_grad():
         want = model.logits(torch.tensor(ids)[None])[0].numpy()
     error = np.abs(LLM(bundle).score(ids) - want) / np.abs(want).max()

@@ -70,33 +70,39 @@ def test_the_first_code_is_in_the_low_nibble() -> None:
     assert pack_rows(np.array([[0x3, 0xA]], np.uint8), bits=4).tolist() == [[0xA3]]
 
 
-@pytest.mark.parametrize(("bits", "stored_type"), [(4, ml_dtypes.int4), (8, np.int8)])
+@pytest.mark.parametrize(
+    ("bits", "stored_type"), [(2, ml_dtypes.int4), (3, ml_dtypes.int4), (4, ml_dtypes.int4), (8, np.int8)]
+)
 @given(data=st.data())
 def test_columns_are_what_onnx_reads_back(bits: int, stored_type: type, data: st.DataObject) -> None:
     """ONNX's own helper is the independent reader of INT4 and INT8 raw data."""
     codes = data.draw(hnp.arrays(np.uint8, (32, 6), elements=st.integers(1, 2**bits - 1)))
     raw = np.ascontiguousarray(pack_columns(codes, bits=bits)).tobytes()
-    kind = {4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}[bits]
+    kind = onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.INT4
     tensor = onnx.helper.make_tensor("w", kind, (6, 32), raw, raw=True)
     got = onnx.numpy_helper.to_array(tensor).astype(np.int64)
     np.testing.assert_array_equal(got, codes.T.astype(np.int64) - 2 ** (bits - 1))
 
 
-def test_tiles_hold_sixteen_outputs_eight_inputs_at_a_time() -> None:
-    codes = np.random.default_rng(0).integers(0, 16, (32, 24), dtype=np.uint8)
-    tiles = tile_codes(codes, bits=4)
-    assert tiles.shape == (2, 8 * 24)
-    for output, k in [(0, 0), (15, 23), (16, 0), (31, 12), (7, 9)]:
-        byte = tiles[output // 16, k // 8 * 64 + output % 16 * 4 + k % 4]
-        assert (byte >> 4 if k % 8 >= 4 else byte & 15) == codes[output, k]
-
-
-def test_tiles_of_bytes_hold_sixteen_outputs_four_inputs_at_a_time() -> None:
-    codes = np.random.default_rng(0).integers(0, 256, (32, 24), dtype=np.uint8)
-    tiles = tile_codes(codes, bits=8)
-    assert tiles.shape == (2, 16 * 24)
-    for output, k in [(0, 0), (15, 23), (16, 0), (31, 12), (7, 9)]:
-        assert tiles[output // 16, k // 4 * 64 + output % 16 * 4 + k % 4] == codes[output, k]
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("output", "k"), [(0, 0), (15, 63), (16, 0), (31, 44), (7, 9), (20, 31), (20, 32)])
+def test_a_tile_has_each_code_where_the_kernels_look_for_it(bits: int, output: int, k: int) -> None:
+    """Bit by bit, as kernels/src/kernels.h says it; of one code that is not zero."""
+    codes = np.zeros((32, 64), np.uint8)
+    for bit in range(bits):
+        codes[output, k] = 1 << bit
+        tiles = tile_codes(codes, bits=bits)
+        assert tiles.shape == (2, 2 * bits * 64)
+        four, byte = k // 4, 4 * (output % 16) + k % 4
+        if bits == 3 and bit == 2:
+            where = (192 * (k // 32) + 128 + byte, four % 8)
+        elif bits == 3:
+            where = (192 * (k // 32) + 64 * (four % 8 // 4) + byte, 2 * (four % 4) + bit)
+        else:
+            where = (64 * (four * bits // 8) + byte, bits * (four % (8 // bits)) + bit)
+        want = np.zeros_like(tiles)
+        want[output // 16, where[0]] = 1 << where[1]
+        np.testing.assert_array_equal(tiles, want)
 
 
 def test_scales_of_a_tile_lie_group_by_group() -> None:

@@ -48,6 +48,10 @@ Rows quantized(const Kernels& kernels, const std::vector<float>& x, int64_t rows
   return made;
 }
 
+const Products& products(const Kernels& kernels, int64_t bits) {
+  return bits == 2 ? kernels.int2 : bits == 3 ? kernels.int3 : bits == 4 ? kernels.int4 : kernels.int8;
+}
+
 template <class T>
 bool equal(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
@@ -60,7 +64,7 @@ const char* first_difference(const Kernels& kernels, int64_t rows, Inputs inputs
   if (!equal(here.codes, there.codes) || !equal(here.scales, there.scales) || !equal(here.sums, there.sums)) return "quantize";
   const Matrix weights = matrix(inputs, bits, extreme);
   const Tile first = weights.tile(0, inputs, bits), second = weights.tile(1, inputs, bits);
-  const Products &mine = bits == 4 ? kernels.int4 : kernels.int8, &theirs = bits == 4 ? kPortable.int4 : kPortable.int8;
+  const Products &mine = products(kernels, bits), &theirs = products(kPortable, bits);
   const int64_t stride = 2 * kTileOutputs;
   std::vector<float> got(rows * stride), want(rows * stride);
   mine.one_tile(first, here.panel(rows), inputs, got.data(), stride);
@@ -80,7 +84,7 @@ const char* first_difference(const Kernels& kernels, int64_t rows, Inputs inputs
 
 int main() {
   const InstructionSet& best = choose_instruction_set();
-  for (int64_t bits : {4, 8}) {
+  for (int64_t bits : {2, 3, 4, 8}) {
     for (int64_t group : {32, 64, 128}) {
       for (int64_t rows = 1; rows <= kPanelRows; rows++) {
         for (bool extreme : {false, true}) {

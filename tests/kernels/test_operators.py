@@ -38,7 +38,7 @@ EXAMPLES = 8 if LIBRARY in os.environ else 30
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized matrix [outputs, inputs]: codes of 4 or 8 bits, scales [outputs, groups] that fp16 can hold."""
+    """A quantized matrix [outputs, inputs]: codes of 2, 3, 4 or 8 bits, scales [outputs, groups] that fp16 can hold."""
 
     codes: Array
     scales: Array
@@ -58,7 +58,7 @@ class Matrix:
 
 def random_matrix(rng: np.random.Generator, outputs: int, inputs: int, group: int, bits: int = 4) -> Matrix:
     codes = rng.integers(1, 1 << bits, (outputs, inputs), dtype=np.uint8)
-    spread = 5 << (bits - 4)
+    spread = 5 * 2.0 ** (bits - 4)
     scales = (rng.uniform(0.5, 1.5, (outputs, inputs // group)) / spread / np.sqrt(inputs)).astype(np.float16)
     return Matrix(codes, scales.astype(np.float32), bits)
 
@@ -190,7 +190,8 @@ SHAPES = st.tuples(
     st.sampled_from((32, 64, 128)),
     st.integers(0, 1000),  # seed
 )
-BITS = st.sampled_from((4, 8))
+ALL_BITS = (2, 3, 4, 8)
+BITS = st.sampled_from(ALL_BITS)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -210,7 +211,7 @@ def test_a_matrix_product_is_that_of_the_rounded_activations(
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@pytest.mark.parametrize(("bits", "code"), [(4, 0), (4, 1), (4, 15), (8, 0), (8, 1), (8, 255)])
+@pytest.mark.parametrize(("bits", "code"), [(bits, code) for bits in ALL_BITS for code in (0, 1, 2**bits - 1)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_codes_do_not_overflow(instruction_set: str, bits: int, code: int, sign: int) -> None:
     matrix = Matrix(np.full((16, 256), code, np.uint8), np.ones((16, 2), np.float32), bits)
@@ -328,7 +329,7 @@ def matmul_nbits(matrix: Matrix, x: Array, group: int) -> Array:
 # --- the same bits ---
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", ALL_BITS)
 def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(bits: int) -> None:
     rng = np.random.default_rng(5)
     gate_up = [random_matrix(rng, 2 * 160, 96, 32, bits) for _ in range(6)]
@@ -400,9 +401,9 @@ def test_weights_that_do_not_fit_are_refused_when_the_session_opens(codes: Array
     assert says in str(refused.value)
 
 
-@pytest.mark.parametrize("bits", [-4, 0, 2, 16])
+@pytest.mark.parametrize("bits", [-4, 0, 1, 5, 16])
 def test_other_bits_are_refused(bits: int) -> None:
-    with pytest.raises(Exception, match=f"TiledMatMul: bits is {bits}, expected 4 or 8"):
+    with pytest.raises(Exception, match=f"TiledMatMul: bits is {bits}, expected 2, 3, 4 or 8"):
         session("TiledMatMul", (CODES, SCALES), bits=bits)
 
 

@@ -68,7 +68,7 @@ def test_cost_follows_from_price_and_bandwidth() -> None:
         ({"context": 11 << 20}, "expected 1 to the model's 10485760"),
         ({"batch": 0}, "batch is 0"),
         ({"kv": "int2"}, "expected one of fp32, bf16, fp8"),
-        ({"weights": "int3"}, "expected one of fp32"),
+        ({"weights": "int5"}, "expected one of fp32"),
         ({"price_per_hour": -1.0}, "price per hour -1.0"),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_path_may_not_lead_outside(write: Callable[..., Path], place: str, pat
         (lambda d: d["model"]["layers"][0].update(kv_class="sliding"), "kv_class is 'sliding'"),
         (lambda d: d["model"].update(num_key_value_heads=3), "not a multiple"),
         (lambda d: d["model"].update(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
-        (lambda d: d["recipe"].update(weights="int3"), 'weights "int3" are not known'),
+        (lambda d: d["recipe"].update(weights="int5"), 'weights "int5" are not known'),
         (lambda d: d.update(tokenizer="other.json"), 'names "other.json" but does not list it'),
         (lambda d: d["graphs"][0].update(path="other.onnx"), 'names "other.onnx" but does not list it'),
     ],

@@ -20,7 +20,10 @@ from corral.spec.target import TARGETS
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_toml_round_trip(target: str, group_size: int, tmp_path: Path) -> None:
     for weights in TARGETS[target].weights:
-        recipe = Recipe(target=target, weights=weights, group_size=group_size, requantize=group_size == 64)
+        kernels = "corral" if weights in ("int3", "int2") else "stock"
+        recipe = Recipe(
+            target=target, weights=weights, group_size=group_size, requantize=group_size == 64, kernels=kernels
+        )
         (tmp_path / "recipe.toml").write_text(recipe.to_toml())
         assert read_recipe(tmp_path / "recipe.toml") == recipe
         assert Recipe.from_json(recipe.to_json()) == recipe
@@ -64,7 +67,7 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
     ("data", "reason"),
     [
         ({"target": "toaster"}, r'target "toaster" is not known; expected one of portable, cpu'),
-        ({"weights": "int3"}, r'weights "int3" are not known; expected one of fp32'),
+        ({"weights": "int5"}, r'weights "int5" are not known; expected one of fp32'),
         ({"method": "magic"}, r'method "magic" is not known; expected one of rtn'),
         ({"group_size": 48}, "group_size is 48, expected one of 32, 64, 128"),
         ({"group_size": "32"}, "group_size is '32', expected a int"),
@@ -73,12 +76,16 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"weights": 4}, "weights is 4, expected a str"),
         ({"kernels": "magic"}, r'kernels "magic" are not known for target cpu; expected one of stock, corral'),
         ({"kernels": "corral", "target": "portable"}, r'kernels "corral" are not known for target portable'),
-        ({"kernels": "corral", "weights": "fp32"}, r'kernels "corral" compute int4 and int8 weights, not fp32'),
+        (
+            {"kernels": "corral", "weights": "fp32"},
+            r'kernels "corral" compute int8, int4, int3, int2 weights, not fp32',
+        ),
+        ({"weights": "int3"}, r"ONNX Runtime has no kernels for int3 weights. Use --kernels corral"),
         ({"rules": {"matrices": "lm_head"}}, "rules is {'matrices': 'lm_head'}, expected a list"),
         ({"rules": [{"weights": "int8"}]}, r"rule 1 is {'weights': 'int8'}; expected a table with `matrices`"),
         ({"rules": [{"matrices": "*", "bits": 8}]}, r'rule 1: key "bits" is not known; expected matrices'),
         ({"rules": [{"matrices": "*", "group_size": "32"}]}, "rule 1: group_size is '32', expected a int"),
-        ({"rules": [{"matrices": "*", "weights": "int3"}]}, r'rule for "\*": weights "int3" are not known'),
+        ({"rules": [{"matrices": "*", "weights": "int5"}]}, r'rule for "\*": weights "int5" are not known'),
         ({"rules": [{"matrices": "*", "method": "awq"}]}, "method awq scales inputs that matrices share"),
         ({"method": "awq", "rules": [{"matrices": "*", "weights": "fp32"}]}, "method awq scales inputs"),
         (
@@ -118,4 +125,4 @@ def test_bits_per_weight() -> None:
     assert SCHEMES["int4"].bits_per_weight(32) == 5
     assert SCHEMES["int4"].bits_per_weight(128) == 4.25
     assert SCHEMES["fp16"].bits_per_weight(128) == 16
-    assert [s.name for s in SCHEMES.values() if s.is_quantized] == ["fp8", "int8", "int4"]
+    assert [s.name for s in SCHEMES.values() if s.is_quantized] == ["fp8", "int8", "int4", "int3", "int2"]
