@@ -33,7 +33,9 @@ SHOWN = ("bf16", "fp8", "int8", "int4")
 )
 @click.option("--context", default="128k", show_default=True, help="Tokens of a sequence: 131072, 128k, 10M.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences at once.")
-@click.option("--kv", default="bf16", show_default=True, help="How the KV cache is stored: fp32, bf16, fp8.")
+@click.option(
+    "--kv", default="bf16", show_default=True, help="How the KV cache is stored: fp32, bf16, fp8, int8, int4."
+)
 @click.option("--gpu", default="h100", show_default=True, help=f"Where to serve: {', '.join(GPUS)}.")
 @click.option("--price-per-hour", type=float, help="Price of one GPU, for the cost of a million tokens.")
 @click.option("--exact", is_flag=True, help="Capture the graph and count weights by its plan (slower).")
@@ -49,6 +51,7 @@ def command(
     from corral.cli.tables import print_json
     from corral.spec.estimate import Serving, estimate
     from corral.spec.target import target_named
+    from corral.spec.tensorrt_flavors import FLAVORS
 
     gpu = gpu_named(options.pop("gpu"))
     if group_size not in GROUP_SIZES:
@@ -65,7 +68,8 @@ def command(
     data["builds"] = {name: build.to_json() for name, build in builds.items()}
     if exact:
         data["exact_weights_bytes"] = _exact(checkpoint, target, choice, group_size)
-    tiled = target_named(target).engine is not None and config.num_local_experts > 0
+    module = target_named(target).engine
+    tiled = module is not None and not FLAVORS[module].plugins and config.num_local_experts > 0
     if tiled:
         data["expert_tiles"] = expert_tiles(config, choice, group_size, gpu)
     if as_json:

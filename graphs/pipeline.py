@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from corral.graphs.lower.corral_cpu import attention as corral_attention
 from corral.graphs.lower.corral_cpu import experts as corral_experts
 from corral.graphs.lower.corral_cpu import matmul as corral_matmul
+from corral.graphs.lower.corral_cpu.add_norm import lower_add_norm
 from corral.graphs.lower.corral_cpu.feed_forward import fuse_feed_forward
 from corral.graphs.lower.onnxruntime.attention import lower_attention
 from corral.graphs.lower.onnxruntime.matmul import lower_matmul
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_matmul
 from corral.graphs.lower.onnxruntime.moe import lower_moe
+from corral.graphs.lower.precision import lower_precision
 from corral.graphs.lower.tensorrt import attention as tensorrt_attention
 from corral.graphs.lower.tensorrt import moe as tensorrt_moe
 from corral.graphs.lower.tensorrt.capacity import fix_capacity
 from corral.graphs.lower.tensorrt.fp8 import lower_fp8_matmul
 from corral.graphs.lower.tensorrt.join_matmul import join_matmul
 from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
-from corral.graphs.lower.tensorrt.precision import lower_precision
+from corral.graphs.lower.tensorrt.plugin_moe import lower_plugin_moe
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
 from corral.graphs.passes.clean_up import clean_up
 from corral.graphs.passes.fold_weight_transposes import fold_weight_transposes
@@ -50,6 +53,7 @@ TENSORRT = Phase(
         gather_logit_rows,
         clean_up,
         lower_precision,
+        lower_plugin_moe,
         clean_up,
         name_nodes,
     ),
@@ -62,11 +66,12 @@ LOWER: dict[str, Phase] = {
     "cpu-corral": Phase(
         "lower",
         (
-            lower_attention,
             corral_experts.lower_experts,
             corral_matmul.lower_matmul,
             fuse_feed_forward,
             merge_matmul,
+            corral_attention.lower_attention,
+            lower_add_norm,
             clean_up,
             name_nodes,
         ),

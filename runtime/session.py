@@ -20,7 +20,7 @@ from corral.spec.model_config import KvClass
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
-Cache = NDArray[np.floating[Any]]  # of the type that the manifest's KV class names
+Cache = NDArray[np.floating[Any] | np.uint8]  # of the type that the manifest's KV class names; bytes where quantized
 
 
 Rows = TypeVar("Rows", covariant=True)  # how a session names one layer's cache: an array, or an address on its device

@@ -8,3 +8,11 @@ VERSION = 2
 DOMAIN = "corral.cpu"
 TILE_OUTPUTS = 16  # a stored matrix is cut into tiles of as many outputs
 WEIGHTS = ("int8", "int4", "int3", "int2")
+# Attention computes in lanes of as many floats, and on heads of at most so many.
+LANES, LARGEST_HEAD = 16, 256
+
+
+def attends(head_dim: int, group: int | None = None) -> bool:
+    """Whether the library has attention for heads of this width, with caches that are quantized in such groups."""
+    whole = group is None or head_dim % min(group, head_dim) == 0
+    return head_dim % LANES == 0 and head_dim <= LARGEST_HEAD and whole

@@ -6,6 +6,7 @@ The embedding stays on the host, where it is gathered from a file.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from corral.spec.parameters import active_parameters, layer_parameters, paramete
 from corral.spec.storage import stored_bytes
 from corral.spec.weight_plan import JOB_BYTES_PER_ELEMENT, JOB_ELEMENTS, PROCESS_BYTES
 
-KV_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+KV_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8e4m3fn", "int8": "int8", "int4": "int4"}
 USABLE = 0.92  # of a GPU's memory; the rest is the driver's context, the allocator's holes, code
 PREFILL_TOKENS = 2048  # activations are those of so many tokens at once
 
@@ -117,14 +118,14 @@ def estimate(config: ModelConfig, serving: Serving, gpu: Gpu) -> Estimate:
         raise InputError(
             f"batch is {serving.batch} and price per hour {serving.price_per_hour}; expected at least 1, and above 0."
         )
-    if serving.kv not in KV_BYTES:
-        raise InputError(f'kv "{serving.kv}" is not known; expected one of {", ".join(KV_BYTES)}.')
+    if serving.kv not in KV_DTYPES:
+        raise InputError(f'kv "{serving.kv}" is not known; expected one of {", ".join(KV_DTYPES)}.')
     weights = _stored(parameters(config), serving)
     if config.tie_word_embeddings:  # the head is the same numbers, stored once more as a matrix
         weights |= _stored(Counter({"head": config.vocab_size * config.hidden_size}), serving)
     kv = {
-        str(layout.kv_class): serving.batch * layout.bytes(serving.context, KV_BYTES[serving.kv])
-        for layout in kv_layouts(config)
+        str(layout.kv_class): serving.batch * layout.bytes(serving.context)
+        for layout in (dataclasses.replace(layout, dtype=KV_DTYPES[serving.kv]) for layout in kv_layouts(config))
     }
     activations = _activations(config, serving)
     return Estimate(

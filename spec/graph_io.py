@@ -15,7 +15,8 @@
 | `present_key.<layer>`    | KV      | as `past_key.<layer>`         | the cache with the new rows written; may be bound to the same memory |
 | `present_value.<layer>`  | KV      | as `past_value.<layer>`       |                                                     |
 
-KV is the type of the target's caches, `dtype` of the manifest's KV classes: float32, or float16 where it says so.
+KV is the type of the target's caches, `dtype` of the manifest's KV classes: float32, or float16 where it says so. Where
+it says int8 or int4, caches are uint8 and their last axis is the bytes of a row (spec.kv_layout), not head dim.
 
 A decoder may be cut into stages, a graph for each range of layers. A stage has the caches and lengths of its own layers
 only; each but the first takes `hidden` in place of `embeddings`, each but the last yields `next_hidden` in place of

@@ -15,17 +15,21 @@ from corral.spec.recipe import Recipe
 from corral.spec.target import target_named
 from corral.spec.weight_plan import ITEM_BITS
 
+# Caches that are quantized, row by row: values that share a scale, or a whole row of a narrower head. A row is its codes,
+# then its scales in fp16 (kernels/src/cache_rows.h).
+KV_GROUPS = {"int8": 128, "int4": 32}
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvLayout:
-    """The caches of one KV class: per layer a key and a value tensor [batch, num_heads, rows, head_dim]."""
+    """The caches of one KV class: per layer a key and a value tensor [batch, num_heads, rows, row_items]."""
 
     kv_class: KvClass
     layers: tuple[int, ...]
     num_heads: int
     head_dim: int
     chunk: int | None  # tokens; None for the global class
-    dtype: str = "float32"  # of the caches, as the target stores them
+    dtype: str = "float32"  # of the caches, as the target stores them: a float type, or one of KV_GROUPS
     fixed_rows: int | None = None  # where the graph's caches have a fixed size
 
     def filled_rows(self, position: int) -> int:
@@ -38,14 +42,26 @@ class KvLayout:
             return self.fixed_rows
         return min(context, self.chunk) if self.chunk else context
 
-    def row_bytes(self, itemsize: int | None = None) -> int:
-        """Bytes of keys and values of all this class's layers for one row; `itemsize` is that of `dtype` if not given."""
-        itemsize = itemsize or ITEM_BITS[self.dtype] // 8
-        return 2 * len(self.layers) * self.num_heads * self.head_dim * itemsize
+    @property
+    def array_dtype(self) -> str:
+        """The type of the cache tensors: bytes where a row is codes and scales."""
+        return "uint8" if self.dtype in KV_GROUPS else self.dtype
 
-    def bytes(self, context: int, itemsize: int | None = None) -> int:
+    @property
+    def row_items(self) -> int:
+        """How many of `array_dtype` one head's row has."""
+        if self.dtype not in KV_GROUPS:
+            return self.head_dim
+        scales = -(-self.head_dim // KV_GROUPS[self.dtype])
+        return (self.head_dim * ITEM_BITS[self.dtype] + scales * ITEM_BITS["float16"]) // 8
+
+    def row_bytes(self) -> int:
+        """Bytes of keys and values of all this class's layers for one row."""
+        return 2 * len(self.layers) * self.num_heads * self.row_items * ITEM_BITS[self.array_dtype] // 8
+
+    def bytes(self, context: int) -> int:
         """Bytes of keys and values of all this class's layers for one sequence of `context` tokens."""
-        return self.capacity(context) * self.row_bytes(itemsize)
+        return self.capacity(context) * self.row_bytes()
 
 
 def kv_layouts(config: ModelConfig) -> tuple[KvLayout, ...]:
@@ -68,7 +84,7 @@ def stored_kv_layouts(config: ModelConfig, recipe: Recipe) -> tuple[KvLayout, ..
     return tuple(
         dataclasses.replace(
             layout,
-            dtype=target.kv_dtype,
+            dtype=recipe.kv_dtype,
             fixed_rows=layout.capacity(recipe.max_context) if target.engine else None,
         )
         for layout in kv_layouts(config)

@@ -20,6 +20,7 @@ from corral.spec.target import check_capability, target_named
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
 LEAST_CALIBRATION_TOKENS = 512
+KV_CACHES = ("float", "int8", "int4")
 ENGINE_KEYS = ("gpu", "max_context", "max_batch", "weight_streaming", "expert_tiles")
 DEFAULT_MAX_CONTEXT, DEFAULT_MAX_BATCH = 8192, 8
 
@@ -33,6 +34,7 @@ class Recipe:
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
+    kv: str = "float"  # the KV cache: in the target's float type, or with kernels "corral" in int8 or int4
     calibration: str = "python-library"  # of calibrated methods and fp8: a UTF-8 file, or a text that corral ships
     calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
@@ -75,6 +77,13 @@ class Recipe:
             )
         if self.kernels == "stock" and scheme.name in ("int3", "int2"):
             raise InputError(f"ONNX Runtime has no kernels for {scheme.name} weights. Use --kernels corral.")
+        if self.kv not in KV_CACHES:
+            raise InputError(f'kv "{self.kv}" is not known; expected one of {", ".join(KV_CACHES)}.')
+        if self.kv != "float" and self.kernels != "corral":
+            raise InputError(
+                f"a KV cache in {self.kv} is read by corral's CPU kernels only; target {target.name} with "
+                f"{self.kernels} kernels stores it in {target.kv_dtype}. Use --target cpu --kernels corral, or --kv float."
+            )
         if self.stages < 1 or self.stage_gb < 0:
             raise InputError(
                 f"stages is {self.stages} and stage_gb {self.stage_gb}; expected at least 1 stage, and a limit in GB "
@@ -117,7 +126,8 @@ class Recipe:
             changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
         # Where corral has no kernels for a matrix, those of ONNX Runtime compute it, or the lowering refuses.
         kernels = self.kernels if changes.get("weights", self.weights) in cpu_ops.WEIGHTS else "stock"
-        return dataclasses.replace(self, rules=(), **{"kernels": kernels, **changes})
+        # The KV cache is no matrix's concern.
+        return dataclasses.replace(self, rules=(), kv="float", **{"kernels": kernels, **changes})
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -139,6 +149,11 @@ class Recipe:
     def rounds_activations(self) -> bool:
         """Whether what matrices are multiplied with is quantized, too, by scales that a calibration text shows."""
         return any(scheme_named(name).is_float for name in self.schemes)
+
+    @property
+    def kv_dtype(self) -> str:
+        """How the KV cache is stored: a float type, or one of `kv_layout.KV_GROUPS`."""
+        return target_named(self.target).kv_dtype if self.kv == "float" else self.kv
 
     @property
     def lowering(self) -> str:

@@ -24,6 +24,8 @@ from corral.spec.progress import Progress, silent
 # ".experts" -> [tokens, width]; "logits" is [tokens, vocabulary].
 Insides = dict[str, NDArray[np.float32]]
 Look = Callable[[Sequence[int]], Insides]
+# The operators that add to the residual stream, and which output is the sum.
+SUM_OUTPUT = {"Add": 0, "AddRmsNorm": 1}
 
 
 class _Session(Protocol):
@@ -146,7 +148,13 @@ def _value(nodes: dict[str, Any], name: str) -> str | None:
             [value for value in added.input if value.startswith(f"{layer}.feed_forward.experts.")] if added else []
         )
         return answers[0] if len(answers) == 1 else None
-    node = nodes.get(
-        {"between": f"{layer}.Add", "after": f"{layer}.Add_2", "router": f"{layer}.feed_forward.router.MatMul"}[part]
-    )
-    return None if node is None else str(node.output[0])
+    if part == "router":
+        node = nodes.get(f"{layer}.feed_forward.router.MatMul")
+        return None if node is None else str(node.output[0])
+    # In the layer itself, not in its parts, the residual stream is added to twice, by whichever operator.
+    sums = [
+        str(node.output[SUM_OUTPUT[node.op_type]])
+        for name, node in nodes.items()
+        if name.rpartition(".")[0] == layer and node.op_type in SUM_OUTPUT
+    ]
+    return sums[part == "after"] if len(sums) == 2 else None

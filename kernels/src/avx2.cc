@@ -156,10 +156,43 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
 template <class Codes>
 constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
 
-}  // namespace
+// --- attention ---
 
-extern const Kernels kAvx2{quantize_row,    kProducts<Int2>, kProducts<Int3>,
-                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
+struct Lanes {
+  __m256 low, high;
+};
+
+inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Lanes spread(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Lanes load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline void store(float* into, Lanes lanes) {
+  _mm256_storeu_ps(into, lanes.low);
+  _mm256_storeu_ps(into + 8, lanes.high);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+
+constexpr int kSums = 4;  // that fit the registers beside what is read
+
+inline void sums(const Lanes* lanes, float* into) {
+  for (int i = 0; i < kSums; i++) {
+    const __m256 half = _mm256_add_ps(lanes[i].low, lanes[i].high);
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    into[i] = _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "attention_kernels.h"
+
+namespace corral {
+
+extern const Kernels kAvx2{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
+                           swiglu_rows,     norm_row,        add_rows,        kAttention};
 
 }  // namespace corral
 #if defined(__clang__)

@@ -155,10 +155,49 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
 template <class Codes>
 constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
 
-}  // namespace
+// --- attention ---
 
-extern const Kernels kAvx512Vnni{quantize_row,    kProducts<Int2>, kProducts<Int3>,
-                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
+struct Lanes {
+  __m512 v;
+};
+
+inline Lanes zero() { return {_mm512_setzero_ps()}; }
+inline Lanes spread(float value) { return {_mm512_set1_ps(value)}; }
+inline Lanes load(const float* from) { return {_mm512_loadu_ps(from)}; }
+inline void store(float* into, Lanes lanes) { _mm512_storeu_ps(into, lanes.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+constexpr int kSums = 16;  // that fit the registers beside what is read
+
+// Sixteen sums at once: each step halves what is left of two vectors into one.
+inline void sums(const Lanes* lanes, float* into) {
+  __m512 half[8], quarter[4], pair[2];
+  for (int i = 0; i < 8; i++) {
+    const __m512 a = lanes[i].v, b = lanes[i + 8].v;
+    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512 a = half[i], b = half[i + 4];
+    quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  for (int i = 0; i < 2; i++) {
+    const __m512d a = _mm512_castps_pd(quarter[i]), b = _mm512_castps_pd(quarter[i + 2]);
+    pair[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  _mm512_storeu_ps(into, _mm512_permutexvar_ps(order, all));
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "attention_kernels.h"
+
+namespace corral {
+
+extern const Kernels kAvx512Vnni{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
+                                 swiglu_rows,     norm_row,        add_rows,        kAttention};
 
 }  // namespace corral
 #if defined(__clang__)

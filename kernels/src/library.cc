@@ -3,6 +3,8 @@
 #include <mutex>
 
 #include "dispatch.h"
+#include "op_add_norm.h"
+#include "op_attention.h"
 #include "op_experts.h"
 #include "op_feed_forward.h"
 #include "op_matmul.h"
@@ -33,7 +35,9 @@ ort::CustomOpDomain* domain(const ort::Api& api) {
     ort::CustomOpDomain* fresh = nullptr;
     api.check(ort::kCreateCustomOpDomain, kDomain, &fresh);
     for (const ort::CustomOp* op :
-         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record()}) {
+         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record(),
+          Operator<Attention<FloatRows>>::record(), Operator<Attention<Int8Rows>>::record(),
+          Operator<Attention<Int4Rows>>::record(), Operator<AddRmsNorm>::record()}) {
       api.check(ort::kCustomOpDomainAdd, fresh, op);
     }
     made = fresh;

@@ -121,10 +121,48 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
 template <class Codes>
 constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
 
-}  // namespace
+// --- attention ---
 
-extern const Kernels kNeonDotprod{quantize_row,    kProducts<Int2>, kProducts<Int3>,
-                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
+struct Lanes {
+  float32x4_t v[4];
+};
+
+inline Lanes spread(float value) {
+  const float32x4_t all = vdupq_n_f32(value);
+  return {{all, all, all, all}};
+}
+inline Lanes zero() { return spread(0); }
+inline Lanes load(const float* from) {
+  return {{vld1q_f32(from), vld1q_f32(from + 4), vld1q_f32(from + 8), vld1q_f32(from + 12)}};
+}
+inline void store(float* into, Lanes lanes) {
+  for (int i = 0; i < 4; i++) vst1q_f32(into + 4 * i, lanes.v[i]);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  for (int i = 0; i < 4; i++) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+  return c;
+}
+
+constexpr int kSums = 4;  // that fit the registers beside what is read
+
+inline void sums(const Lanes* lanes, float* into) {
+  for (int i = 0; i < kSums; i++) {
+    const float32x4_t(&v)[4] = lanes[i].v;
+    const float32x4_t quarter = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
+    const float32x2_t pair = vadd_f32(vget_low_f32(quarter), vget_high_f32(quarter));
+    into[i] = vget_lane_f32(pair, 0) + vget_lane_f32(pair, 1);
+  }
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "attention_kernels.h"
+
+namespace corral {
+
+extern const Kernels kNeonDotprod{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
+                                  swiglu_rows,     norm_row,        add_rows,        kAttention};
 
 }  // namespace corral
 #if defined(__clang__)

@@ -10,6 +10,7 @@
 #include "buffer.h"
 #include "dispatch.h"
 #include "feed_forward.h"
+#include "operator.h"
 #include "read_ahead.h"
 #include "route.h"
 #include "tokens.h"
@@ -19,8 +20,8 @@ namespace corral {
 class TiledExperts {
  public:
   static constexpr const char* kName = "TiledExperts";
-  static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,
-                                                 ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kOutputs[] = {ort::kFloat};
 
   TiledExperts(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(*choose_instruction_set().kernels),

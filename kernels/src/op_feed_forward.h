@@ -7,6 +7,7 @@
 
 #include "dispatch.h"
 #include "feed_forward.h"
+#include "operator.h"
 #include "tokens.h"
 
 namespace corral {
@@ -14,7 +15,8 @@ namespace corral {
 class TiledFeedForward {
  public:
   static constexpr const char* kName = "TiledFeedForward";
-  static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kOutputs[] = {ort::kFloat};
 
   TiledFeedForward(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(*choose_instruction_set().kernels), weights_(read_feed_forward(api, info, 1, 2)) {}

@@ -3,6 +3,7 @@
 
 #include "dispatch.h"
 #include "multiply.h"
+#include "operator.h"
 #include "tokens.h"
 
 namespace corral {
@@ -10,7 +11,8 @@ namespace corral {
 class TiledMatMul {
  public:
   static constexpr const char* kName = "TiledMatMul";
-  static constexpr ort::ElementType kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16};
+  static constexpr Port kOutputs[] = {ort::kFloat};
 
   TiledMatMul(const ort::Api& api, const ort::KernelInfo* info)
       : kernels_(*choose_instruction_set().kernels), weights_(read_weights(api, info, 1, 2, "bits", "the matrix")) {}

@@ -1,4 +1,4 @@
-// A kernel class -> ONNX Runtime's record of a custom operator. A kernel has a name, input types, and
+// A kernel class -> ONNX Runtime's record of a custom operator. A kernel has a name, the types of its inputs and outputs, and
 //
 //   Kernel(const ort::Api&, const ort::KernelInfo*)      checks attributes and weights, when a session is opened
 //   void compute(const ort::Api&, ort::KernelContext*)   one call; may be called by several threads at once
@@ -15,6 +15,12 @@
 
 namespace corral {
 
+struct Port {
+  constexpr Port(ort::ElementType type, bool optional = false) : type(type), optional(optional) {}
+  ort::ElementType type;
+  bool optional;  // a node may leave it out
+};
+
 template <class Kernel>
 class Operator {
  public:
@@ -25,10 +31,12 @@ class Operator {
       record.name = [](const ort::CustomOp*) { return Kernel::kName; };
       record.provider = [](const ort::CustomOp*) -> const char* { return nullptr; };  // the CPU
       record.input_count = [](const ort::CustomOp*) { return std::size(Kernel::kInputs); };
-      record.input_type = [](const ort::CustomOp*, size_t i) { return Kernel::kInputs[i]; };
-      record.output_count = [](const ort::CustomOp*) { return size_t{1}; };
-      record.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-      record.input_kind = record.output_kind = record.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
+      record.input_type = [](const ort::CustomOp*, size_t i) { return Kernel::kInputs[i].type; };
+      record.output_count = [](const ort::CustomOp*) { return std::size(Kernel::kOutputs); };
+      record.output_type = [](const ort::CustomOp*, size_t i) { return Kernel::kOutputs[i].type; };
+      record.input_kind = [](const ort::CustomOp*, size_t i) { return int(Kernel::kInputs[i].optional); };
+      record.output_kind = [](const ort::CustomOp*, size_t i) { return int(Kernel::kOutputs[i].optional); };
+      record.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
       record.create = create;
       record.compute = compute;
       record.destroy = [](void* self) { delete static_cast<Self*>(self); };

@@ -18,19 +18,32 @@ Tensor Api::constant(const KernelInfo* info, size_t input) const {
   return tensor(value);
 }
 
-Tensor Api::input(KernelContext* context, size_t index) const {
+float Api::float_attribute(const KernelInfo* info, const char* name) const {
+  float value = 0;
+  check(kKernelInfoGetAttributeFloat, info, name, &value);
+  return value;
+}
+
+bool Api::has_input(KernelContext* context, size_t index) const { return input_value(context, index) != nullptr; }
+
+const Value* Api::input_value(KernelContext* context, size_t index) const {
   const Value* value = nullptr;
   check(kKernelContextGetInput, static_cast<const KernelContext*>(context), index, &value);
+  return value;
+}
+
+Tensor Api::input(KernelContext* context, size_t index) const {
+  const Value* value = input_value(context, index);
   if (!value) throw Failure(kInvalidArgument, "input " + std::to_string(index) + " is missing");
   return tensor(value);
 }
 
-float* Api::output(KernelContext* context, const std::vector<int64_t>& shape) const {
+void* Api::output_data(KernelContext* context, const std::vector<int64_t>& shape, size_t index) const {
   Value* value = nullptr;
   void* data = nullptr;
-  check(kKernelContextGetOutput, context, size_t{0}, shape.data(), shape.size(), &value);
-  check(kGetTensorMutableData, value, &data);
-  return static_cast<float*>(data);
+  check(kKernelContextGetOutput, context, index, shape.data(), shape.size(), &value);
+  if (value) check(kGetTensorMutableData, value, &data);
+  return data;
 }
 
 Tensor Api::tensor(const Value* value) const {

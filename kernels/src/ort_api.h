@@ -43,6 +43,7 @@ enum Slot : int {
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
   kGetTensorTypeAndShape = 65,
+  kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
@@ -52,7 +53,7 @@ enum Slot : int {
   kKernelContextParallelFor = 274,
 };
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kRuntimeException = 6, kNotImplemented = 9 };
 
 // What is thrown inside the library; it leaves as a Status.
@@ -116,11 +117,20 @@ class Api {
   Status* status(ErrorCode code, const char* message) const { return call<Status*>(kCreateStatus, int(code), message); }
 
   int64_t attribute(const KernelInfo* info, const char* name) const;
+  float float_attribute(const KernelInfo* info, const char* name) const;
   Tensor constant(const KernelInfo* info, size_t input) const;  // refuses what is no constant initializer
+  // Whether a node has this optional input.
+  bool has_input(KernelContext* context, size_t index) const;
   Tensor input(KernelContext* context, size_t index) const;
-  float* output(KernelContext* context, const std::vector<int64_t>& shape) const;
+  // Null where a node leaves this optional output out.
+  template <class T = float>
+  T* output(KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0) const {
+    return static_cast<T*>(output_data(context, shape, index));
+  }
 
  private:
+  const Value* input_value(KernelContext* context, size_t index) const;
+  void* output_data(KernelContext* context, const std::vector<int64_t>& shape, size_t index) const;
   Tensor tensor(const Value* value) const;
 
   Table table_;
@@ -140,7 +150,16 @@ class Workers {
                const_cast<void*>(static_cast<const void*>(&work)));
   }
 
+  // Here where `operations`, multiplications of the whole, take no longer than waking the other threads.
+  template <class Work>
+  void each_worth(size_t count, int64_t operations, const Work& work) const {
+    if (operations > kWorthWaking) return each(count, work);
+    for (size_t i = 0; i < count; i++) work(i);
+  }
+
  private:
+  static constexpr int64_t kWorthWaking = 1 << 17;
+
   const Api& api_;
   const KernelContext* context_;
 };

@@ -5,16 +5,6 @@
 namespace corral {
 namespace {
 
-float float_of_half(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
-  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-    const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -magnitude : magnitude;
-  }
-  if (exponent == 31) return float_of(sign | kInfinityBits | mantissa << 13);
-  return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
 // The code of one output and of input k of a block.
 struct Int8 {
   static constexpr int32_t kBits = 8;
@@ -75,9 +65,50 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
 template <class Codes>
 constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
 
-}  // namespace
+// --- attention ---
 
-extern const Kernels kPortable{quantize_row,    kProducts<Int2>, kProducts<Int3>,
-                          kProducts<Int4>, kProducts<Int8>, swiglu_rows};
+struct Lanes {
+  float v[kLanes];
+};
+
+inline Lanes zero() { return {}; }
+inline Lanes spread(float value) {
+  Lanes lanes;
+  for (float& v : lanes.v) v = value;
+  return lanes;
+}
+inline Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(lanes.v, from, sizeof lanes.v);
+  return lanes;
+}
+inline void store(float* into, Lanes lanes) { std::memcpy(into, lanes.v, sizeof lanes.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  for (int64_t i = 0; i < kLanes; i++) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+
+constexpr int kSums = 4;
+
+// Lane i and lane i + 8, then i + 4, i + 2, i + 1: the order that others find cheap.
+inline void sums(const Lanes* lanes, float* into) {
+  for (int s = 0; s < kSums; s++) {
+    Lanes left = lanes[s];
+    for (int64_t half = kLanes / 2; half >= 1; half /= 2) {
+      for (int64_t i = 0; i < half; i++) left.v[i] += left.v[i + half];
+    }
+    into[s] = left.v[0];
+  }
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "attention_kernels.h"
+
+namespace corral {
+
+extern const Kernels kPortable{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
+                               swiglu_rows,     norm_row,        add_rows,        kAttention};
 
 }  // namespace corral

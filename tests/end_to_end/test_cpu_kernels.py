@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -146,6 +147,42 @@ def test_every_large_matrix_goes_to_the_kernels(tiny_bundle: Bundle, form: str) 
     assert stored["attention"].stored == "int4 g32"
     assert stored["attention"].bytes * 8 == stored["attention"].parameters * (4 + 16 / GROUP)  # fp16 scales
     assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": "2"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_is_few_nodes(tiny_bundle: Bundle, form: str) -> None:
+    """What a decode step of a small model waits for is the number of nodes."""
+    bundle = open_bundle(tiny_bundle(form, "cpu", "int4", "corral"))
+    nodes = onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node
+    kinds = Counter(node.op_type for node in nodes)
+    config = bundle.manifest.model
+    routed = sum(layer.moe for layer in config.layers)
+    assert kinds["Attention"] == config.num_layers
+    assert kinds["AddRmsNorm"] == 2 * config.num_layers + 1
+    assert not {"GroupQueryAttention", "RMSNormalization", "RotaryEmbedding", "Reshape", "Split"} & set(kinds)
+    # qkv, attention, o, two norms with sums and the feed-forward; router, experts and their sum; positions and head.
+    assert len(nodes) <= 6 * config.num_layers + 3 * routed + 22
+
+
+@pytest.mark.parametrize(("kv", "error", "row"), [("int8", 0.05, 16 + 2), ("int4", 0.3, 8 + 2)])
+def test_a_quantized_kv_cache_is_a_little_off_over_several_chunks(
+    tiny_checkpoint: Checkpoint, tiny_bundle: Bundle, tmp_path: Path, kv: str, error: float, row: int
+) -> None:
+    """With random weights, where a rounding now and then sends a token to another expert; the operator's tests are exact."""
+    bundle = compile(tiny_checkpoint("scout"), tmp_path / kv, dataclasses.replace(RECIPE, kv=kv))
+    ids = np.random.default_rng(3).integers(0, 256, 100)  # six chunks
+    want = LLM(tiny_bundle("scout", "cpu", "int4", "corral")).score(ids)
+    llm = LLM(bundle)
+    got = llm.score(ids)
+    off = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 0 < off < error
+    assert {(layout.dtype, layout.array_dtype, layout.row_items) for layout in bundle.manifest.kv} == {
+        (kv, "uint8", row)
+    }
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    prompts = [list(ids[:n]) for n in (3, 17, 40)]
+    together = [completion.token_ids for completion in llm.generate(prompts, params)]
+    assert together == [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
 
 
 def test_bytes_are_the_same_twice_and_by_stages(

@@ -80,10 +80,64 @@ const char* first_difference(const Kernels& kernels, int64_t rows, Inputs inputs
   return equal(h, h_want) ? nullptr : "swiglu";
 }
 
+std::vector<float> normals(int64_t count) {
+  std::vector<float> made(count);
+  for (float& value : made) value = normal();
+  return made;
+}
+
+// Queries that see from no row to all rows of a block, and a second block behind it.
+const char* attention_difference(const AttentionKernels& mine, const AttentionKernels& theirs, int64_t dim, int64_t rows) {
+  const int64_t count = 7, stride = count * (dim + kPartialExtra);
+  const std::vector<float> raw = normals(dim), cos = normals(dim / 2), sin = normals(dim / 2);
+  std::vector<float> placed(dim), placed_want(dim);
+  for (const Rotation& rotation : {Rotation{cos.data(), sin.data(), 1e-5f}, Rotation{nullptr, nullptr, 0.0f}}) {
+    mine.place(raw.data(), rotation, dim, 0.7f, placed.data());
+    theirs.place(raw.data(), rotation, dim, 0.7f, placed_want.data());
+    if (!equal(placed, placed_want)) return "place";
+  }
+  const std::vector<float> queries = normals(count * dim), keys = normals(rows * dim), values = normals(rows * dim);
+  std::vector<int64_t> visible(count);
+  for (int64_t i = 0; i < count; i++) visible[i] = rows * i / (count - 1);
+  const AttentionBlock block{queries.data(), visible.data(), count, keys.data(), values.data(), rows, dim};
+  std::vector<float> got(2 * stride), want(2 * stride);
+  for (int64_t i = 0; i < 2; i++) {
+    mine.attend(block, got.data() + i * stride);
+    theirs.attend(block, want.data() + i * stride);
+  }
+  if (!equal(got, want)) return "attend";
+  std::vector<float> y(dim), y_want(dim);
+  const int64_t last = (count - 1) * (dim + kPartialExtra);
+  mine.merge(got.data() + last, 2, stride, dim, y.data());
+  theirs.merge(want.data() + last, 2, stride, dim, y_want.data());
+  return equal(y, y_want) ? nullptr : "merge";
+}
+
+const char* norm_difference(const Kernels& kernels, int64_t count) {
+  const std::vector<float> x = normals(count), other = normals(count);
+  std::vector<float> got(count), want(count);
+  kernels.norm(x.data(), other.data(), count, 1e-5f, got.data());
+  kPortable.norm(x.data(), other.data(), count, 1e-5f, want.data());
+  if (!equal(got, want)) return "norm";
+  kernels.add(x.data(), other.data(), count, got.data());
+  kPortable.add(x.data(), other.data(), count, want.data());
+  return equal(got, want) ? nullptr : "add";
+}
+
 }  // namespace
 
 int main() {
   const InstructionSet& best = choose_instruction_set();
+  for (int64_t dim : {16, 48, 128, 256}) {
+    for (int64_t rows : {1, 2, 31, 128}) {
+      const char* what = attention_difference(best.kernels->attention, kPortable.attention, dim, rows);
+      if (!what) what = norm_difference(*best.kernels, dim + rows);
+      if (what) {
+        std::printf("%s: %s differs with heads of %d, %d rows\n", best.name, what, int(dim), int(rows));
+        return 1;
+      }
+    }
+  }
   for (int64_t bits : {2, 3, 4, 8}) {
     for (int64_t group : {32, 64, 128}) {
       for (int64_t rows = 1; rows <= kPanelRows; rows++) {

@@ -1,4 +1,4 @@
-"""test_operators.py once more, with the kernels built for AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The tests of all operators once more, with the kernels built for AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
+TESTS = [f"tests/kernels/test_{name}.py" for name in ("operators", "attention", "add_norm")]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -31,6 +32,6 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path: Path) -> N
         "ASAN_OPTIONS": "detect_leaks=0",
         "CORRAL_TEST_LIBRARY": str(library),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/kernels/test_operators.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *TESTS]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,31 @@ def test_bytes_of_scout_at_128k(tiny_config: Callable[[str], dict[str, Any]]) ->
     published = {"num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
                  "attention_chunk_size": 8192}  # fmt: skip
     layouts = kv_layouts(parse_config(tiny_config("scout") | published))
-    assert [layout.bytes(131072, itemsize=2) for layout in layouts] == [
+    assert [dataclasses.replace(layout, dtype="bfloat16").bytes(131072) for layout in layouts] == [
         2 * 36 * 8 * 128 * 8192 * 2,
         2 * 12 * 8 * 128 * 131072 * 2,
     ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "items"),
+    [
+        ("float32", 128, 128),
+        ("float16", 128, 128),
+        ("int8", 128, 128 + 2),
+        ("int8", 64, 64 + 2),
+        ("int8", 256, 256 + 4),
+        ("int4", 128, 64 + 8),
+        ("int4", 16, 8 + 2),
+    ],
+)
+def test_rows_of_codes_carry_their_scales(
+    tiny_config: Callable[[str], dict[str, Any]], dtype: str, head_dim: int, items: int
+) -> None:
+    layout = dataclasses.replace(kv_layouts(parse_config(tiny_config("scout")))[0], dtype=dtype, head_dim=head_dim)
+    assert layout.row_items == items
+    bytes_an_item = {"float32": 4, "float16": 2}.get(dtype, 1)
+    assert layout.row_bytes() == 2 * len(layout.layers) * layout.num_heads * items * bytes_an_item
 
 
 def test_a_model_without_chunks_has_one_class(tiny_config: Callable[[str], dict[str, Any]]) -> None:

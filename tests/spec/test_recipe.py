@@ -74,6 +74,15 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"group_size": True}, "group_size is True, expected a int"),
         ({"requantize": 1}, "requantize is 1, expected a bool"),
         ({"weights": 4}, "weights is 4, expected a str"),
+        ({"kv": "int2"}, r'kv "int2" is not known; expected one of float, int8, int4'),
+        (
+            {"kv": "int8"},
+            r"int8 is read by corral's CPU kernels only; target cpu with stock kernels stores it in float32",
+        ),
+        (
+            {"kv": "int4", "target": "cuda"},
+            r"target cuda with stock kernels stores it in float16. Use .* or --kv float",
+        ),
         ({"kernels": "magic"}, r'kernels "magic" are not known for target cpu; expected one of stock, corral'),
         ({"kernels": "corral", "target": "portable"}, r'kernels "corral" are not known for target portable'),
         (

@@ -86,6 +86,23 @@ def test_healthy_int4_is_not_accused(
         assert layer.attention.gain == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("form", ["scout", "guard"])
+def test_the_sums_of_a_layer_are_found_where_a_norm_is_part_of_them(
+    tiny_checkpoint: TinyCheckpoint, tiny_bundle: Callable[..., Path], form: str
+) -> None:
+    """Of corral's own kernels: what is looked at is what the stock ones compute there, but for other roundings."""
+    own, stock = (
+        judged(tiny_checkpoint(form), tiny_bundle(form, "cpu", "int4", kernels)).insides
+        for kernels in ("corral", "stock")
+    )
+    assert own is not None and stock is not None
+    for mine, theirs in zip(own.layers, stock.layers, strict=True):
+        assert mine.attention.signal_to_noise == pytest.approx(theirs.attention.signal_to_noise, abs=3)
+        assert mine.after.signal_to_noise == pytest.approx(theirs.after.signal_to_noise, abs=3)
+        assert mine.attention.gain == pytest.approx(1, abs=0.2)
+
+
 def test_floats_differ_by_rounding_only_and_every_expert_is_counted(
     tiny_checkpoint: TinyCheckpoint, tiny_bundle: TinyBundle
 ) -> None:
