@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 
-from corral.cli.options import chosen_sampling, json_option, provider_option, sampling_options, threads_option
+from corral.cli.options import (
+    chosen_sampling,
+    guess_options,
+    json_option,
+    prefix_cache_option,
+    provider_option,
+    sampling_options,
+    threads_option,
+)
+from corral.cli.written_file import check_place
 
 
 @click.command("run")
@@ -19,11 +28,27 @@ from corral.cli.options import chosen_sampling, json_option, provider_option, sa
     "--chat/--raw", default=False, help="Put PROMPT through the chat template, or complete it as it is (default)."
 )
 @sampling_options(temperature=0.0)
+@guess_options
+@click.option(
+    "--prefix-cache", type=click.Path(path_type=Path), help="Take the prompt's beginning from FILE, or put it there."
+)
+@prefix_cache_option
 @provider_option
 @threads_option
 @json_option
 def command(
-    bundle: Path, prompt: str, chat: bool, provider: str, threads: int | None, as_json: bool, **sampling: Any
+    bundle: Path,
+    prompt: str,
+    chat: bool,
+    prompt_lookup: bool,
+    draft: Path | None,
+    speculative_tokens: int,
+    prefix_cache: Path | None,
+    prefix_cache_gb: float,
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Complete PROMPT ("-" reads it from stdin) with a BUNDLE."""
     params = chosen_sampling(sampling)
@@ -33,12 +58,28 @@ def command(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with show_progress() as progress:
-        llm = LLM(bundle, provider=provider, threads=threads, progress=progress)
-    messages = [{"role": "user", "content": text}]
+        llm = LLM(
+            bundle,
+            provider=provider,
+            threads=threads,
+            draft=draft,
+            prompt_lookup=prompt_lookup,
+            num_speculative_tokens=speculative_tokens,
+            prefix_cache_gb=prefix_cache_gb if prefix_cache else 0,
+            progress=progress,
+        )
+    asked = llm.conversation([{"role": "user", "content": text}]) if chat else text
+    new = prefix_cache is not None and not prefix_cache.exists()
+    if prefix_cache and new:
+        check_place(prefix_cache, "--prefix-cache")
+    elif prefix_cache:
+        llm.load_prefix(prefix_cache)
     if as_json:
-        completion = (llm.chat(messages, params) if chat else llm.generate([text], params))[0]
+        [completion] = llm.generate([asked], params)
         print_json({"prompt": text, **dataclasses.asdict(completion)})
-        return
-    for piece in llm.chat_stream(messages, params) if chat else llm.stream(text, params):
-        click.echo(piece.text, nl=False)
-    click.echo()
+    else:
+        for piece in llm.stream(asked, params):
+            click.echo(piece.text, nl=False)
+        click.echo()
+    if prefix_cache and new:
+        llm.save_prefix(asked, prefix_cache)

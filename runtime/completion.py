@@ -24,6 +24,7 @@ class Timings:
     first_token: float
     total: float
     num_tokens: int
+    cached_tokens: int = 0  # of the prompt, taken from the prefix cache and not computed
     between_tokens: tuple[float, ...] = ()  # from each token to the next
 
     @property

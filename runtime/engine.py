@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-
+from corral.runtime.forward import forward
+from corral.runtime.kv_cache import KvCache
+from corral.runtime.prefix_cache import PrefixCache
+from corral.runtime.proposal import Proposal, Proposer
 from corral.runtime.request import Request
+from corral.runtime.sampler import Candidates
 from corral.runtime.scheduler import Decode, Prefill, Scheduler
-from corral.runtime.session import Caches, CacheView, Float32, Session, Step
+from corral.runtime.session import Caches, CacheView, Float32, Session
+from corral.spec.errors import InputError, Overloaded
 from corral.spec.kv_layout import KvLayout, split_at_chunks
 
-# Tokens read at a time: enough to fill the matrix units, little enough for activations to stay small.
-PREFILL_TOKENS = 512
+# Tokens of a round: enough to fill the matrix units, little enough for activations to stay small and others not to wait.
+STEP_TOKENS = 512
+# Requests in line: each is only its prompt's ids, but who asks that much should be told to come back later.
+MAX_WAITING = 1024
 # Most logits computed at a time while scoring (256 MiB of float32).
 SCORE_LOGITS = 64 << 20
+
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -35,30 +44,59 @@ class Engine:
         vocab_size: int,
         max_context: int,
         max_batch: int = 16,
-        prefill_tokens: int = PREFILL_TOKENS,
+        max_waiting: int = MAX_WAITING,
+        step_tokens: int = STEP_TOKENS,
+        proposer: Proposer | None = None,
+        num_proposed: int = 0,  # tokens at a time, at most
+        prefix_bytes: int = 0,  # of cache rows that are kept for prompts that begin alike
+        wide_batches: bool = True,  # whether several sequences may have several tokens each in one step
     ) -> None:
         self._session, self._embed, self._layouts = session, embed, tuple(layouts)
-        self._max_context = max_context
+        self._proposer, self._num_proposed, self._wide_batches = proposer, num_proposed, wide_batches
+        self._step_tokens = step_tokens
+        self._max_context, self._max_waiting = max_context, max_waiting
         self._chunk = next((layout.chunk for layout in layouts if layout.chunk), None)
-        self._score_tokens = max(1, min(prefill_tokens, SCORE_LOGITS // vocab_size))
+        self._score_tokens = max(1, min(step_tokens, SCORE_LOGITS // vocab_size))
         self._cache = session.new_caches(layouts, max_context)
-        self._scheduler = Scheduler(max_batch=max_batch, chunk=self._chunk, prefill_tokens=prefill_tokens)
+        self._prefixes: PrefixCache | None = None  # rows on a device are not copied back
+        if prefix_bytes and isinstance(self._cache, KvCache):
+            self._prefixes = PrefixCache(self._cache, layouts, prefix_bytes)
+        self._scheduler = Scheduler(
+            max_batch=max_batch, max_waiting=max_waiting, chunk=self._chunk, step_tokens=step_tokens
+        )
         self._lock = threading.RLock()
 
-    def add(self, request: Request) -> None:
+    @property
+    def idle(self) -> bool:
+        return self._scheduler.idle
+
+    def offer(self, request: Request) -> bool:
+        """Take a request in; False where as many wait as may."""
         with self._lock:
-            self._scheduler.add(request)
+            return self._scheduler.add(request)
+
+    def add(self, request: Request) -> None:
+        """Take a request in. Raises Overloaded where as many wait as may."""
+        if not self.offer(request):
+            raise Overloaded(
+                f"{self._max_waiting} requests are waiting already, which is as many as may. Try again when some are done, "
+                "or open the LLM with a larger max_waiting."
+            )
 
     def cancel(self, request: Request) -> None:
         """Take a request out, finished or not; no harm where it is gone already."""
         with self._lock:
-            if request.error is not None and request in self._scheduler.running:
-                # Its rows may hold NaN, which a later tenant's masked attention would turn into NaN again.
-                self._cache.wipe(self._scheduler.running.index(request))
-            if move := self._scheduler.remove(request):
-                source, target = move
-                self._cache.move(source, target, self._scheduler.running[target].position)
-            if self._scheduler.idle and self._cache.num_slots:
+            if request in self._scheduler.running:
+                slot = self._scheduler.running.index(request)
+                self._keep(request, slot)
+                if request.error is not None:
+                    # Its rows may hold NaN, which a later tenant's masked attention would turn into NaN again.
+                    self._cache.wipe(slot)
+            for move in self._scheduler.remove(request):
+                self._cache.move(move.source, move.target, self._scheduler.running[move.target].position)
+            if self._proposer:
+                self._proposer.forget(request)
+            if self.idle and self._cache.num_slots:
                 # Frees memory, and spares backends that look at a cache's whole capacity.
                 self._cache.clear()
                 self._session.release()
@@ -66,22 +104,32 @@ class Engine:
     def step(self) -> None:
         """Do one piece of work. What goes wrong in it is kept as the `error` of the requests concerned."""
         with self._lock:
+            self._scheduler.admit()
             work = self._scheduler.schedule()
             if work is None:
                 return
             requests = (work.request,) if isinstance(work, Prefill) else work.requests
             try:
-                logits = self._prefill(work) if isinstance(work, Prefill) else self._decode(work)
+                if isinstance(work, Prefill):
+                    self._prefill(work)
+                else:
+                    self._decode(work)
             except Exception as error:
                 for request in requests:
                     request.error = error
-            else:
-                for request, logits_V in zip(requests, logits, strict=True):
-                    if request.prefilled:
-                        self._accept(request, logits_V)
             for request in requests:
                 if request.done:
                     self.cancel(request)
+
+    def with_prefixes(self, use: Callable[[PrefixCache], T]) -> T:
+        """What `use` makes of the prefix cache, while nobody else does. Raises InputError where there is none."""
+        if self._prefixes is None:
+            raise InputError(
+                "there is no prefix cache: prefix_cache_gb is 0, or the bundle's caches are on a GPU, where there is none. "
+                "Open a bundle for the CPU with a larger prefix_cache_gb."
+            )
+        with self._lock:
+            return use(self._prefixes)
 
     def score_pieces(self, token_ids: Sequence[int]) -> Iterator[Float32]:
         """Teacher-forced logits [n, vocab] of consecutive tokens, piece by piece, over caches of their own."""
@@ -91,59 +139,88 @@ class Engine:
                 with self._lock:
                     cache.reserve(1, start + count)
                     tokens = token_ids[start : start + count]
-                    logits = self._run([tokens], [start], cache.slot(0), np.arange(count)[None], cache)
+                    logits = self._run([tokens], [start], cache.slot(0), [range(count)], cache)
                 yield logits[0]
         finally:
             with self._lock:
                 self._session.release()
 
-    def _prefill(self, work: Prefill) -> Float32:
-        """Read a piece of a prompt; returns the logits [1, vocab] after its last token."""
+    def _prefill(self, work: Prefill) -> None:
+        """Read a piece of a prompt; its last token gives the first of the answer."""
         request, start = work.request, work.request.position
         # Room for the whole prompt and the first token at once, rather than growing on the way.
         self._reserve(len(request.prompt_ids) + 1)
+        if self._prefixes and not start:
+            known = self._prefixes.restore(request.prompt_ids, work.slot)
+            request.position = request.cached_tokens = known
+            if known:
+                return  # the rest is for the next steps
         tokens = request.prompt_ids[start : start + work.count]
-        last = np.array([[work.count - 1]], dtype=np.int64)
-        logits = self._run([tokens], [start], self._cache.slot(work.slot), last, self._cache)
+        logits = self._run([tokens], [start], self._cache.slot(work.slot), [[work.count - 1]])
         request.position += work.count
-        return logits[:, 0]
+        if request.prefilled:
+            self._accept(request, logits[0, 0])
+            self._keep(request, work.slot)
 
-    def _decode(self, work: Decode) -> Float32:
-        """One token for every running request; returns logits [batch, vocab]."""
-        positions = [request.position for request in work.requests]
-        self._reserve(max(positions) + 1)
-        tokens = [[request.output_ids[-1]] for request in work.requests]
-        caches = self._cache.prefix(len(work.requests))
-        logits = self._run(tokens, positions, caches, np.zeros((len(tokens), 1), dtype=np.int64), self._cache)
-        for request in work.requests:
+    def _keep(self, request: Request, slot: int) -> None:
+        """Keep the rows of what was read for requests that begin alike, unless they may hold NaN."""
+        if self._prefixes and request.error is None:
+            self._prefixes.store(request.tokens_from(0)[: request.position], slot)
+
+    def _decode(self, work: Decode) -> None:
+        """One token for every running request, and as many more as were proposed and stand."""
+        requests, positions = work.requests, [request.position for request in work.requests]
+        proposals = self._propose(requests)
+        width = 1 + max(len(proposal.tokens) for proposal in proposals)
+        self._reserve(max(positions) + width)
+        rows = [[request.output_ids[-1], *p.tokens] for request, p in zip(requests, proposals, strict=True)]
+        # Padding is written after a row's own tokens, where the next step writes again.
+        padded = [row + row[-1:] * (width - len(row)) for row in rows]
+        logits = self._run(padded, positions, self._cache.prefix(len(rows)), [range(width)] * len(rows))
+        for request, proposal, logits_RV in zip(requests, proposals, logits, strict=True):
+            self._verify(request, proposal, logits_RV)
+
+    def _propose(self, requests: Sequence[Request]) -> list[Proposal]:
+        """Tokens to verify in the next step of `requests`, so few that no row runs over its chunk or the context."""
+        if self._proposer is None or (len(requests) > 1 and not self._wide_batches):
+            return [Proposal()] * len(requests)
+        ends = [
+            r.position - r.position % self._chunk + self._chunk if self._chunk else self._max_context for r in requests
+        ]
+        room = min(min(end, self._max_context) - r.position for r, end in zip(requests, ends, strict=True))
+        most = max(min(self._num_proposed, room - 1, self._step_tokens // len(requests) - 1), 0)
+        # A request's last token need not be proposed: the step before it gives it.
+        left = [request.max_tokens - len(request.output_ids) - 1 for request in requests]
+        return self._proposer.propose(requests, [min(most, count) for count in left])
+
+    def _verify(self, request: Request, proposal: Proposal, logits_RV: Float32) -> None:
+        """Take tokens from the logits until one is not the proposed one, or ends the request."""
+        for row, token in enumerate((*proposal.tokens, None)):
             request.position += 1
-        return logits[:, 0]
+            self._accept(
+                request, logits_RV[row], token, proposal.drawn_from[row] if row < len(proposal.drawn_from) else None
+            )
+            if request.done or request.output_ids[-1] != token:
+                return
 
     def _reserve(self, tokens: int) -> None:
         self._cache.reserve(len(self._scheduler.running), min(tokens, self._max_context))
 
     def _run(
         self,
-        tokens: Sequence[Sequence[int]],  # [B][S]
-        positions: Sequence[int],  # [B], of each row's first new token
-        caches: CacheView[Any],
-        logit_rows_BR: np.ndarray[tuple[int, int], np.dtype[np.int64]],
-        cache: Caches,
+        tokens: Sequence[Sequence[int]],
+        positions: Sequence[int],
+        view: CacheView[Any],
+        logit_rows: Sequence[Sequence[int]],
+        cache: Caches | None = None,
     ) -> Float32:
-        embeddings = np.stack([self._embed(row) for row in tokens])
-        steps = np.arange(embeddings.shape[1], dtype=np.int64)
-        return self._session.run(
-            Step(
-                embeddings_BSH=embeddings,
-                positions_BS=np.array(positions, dtype=np.int64)[:, None] + steps,
-                logit_rows_BR=np.ascontiguousarray(logit_rows_BR, dtype=np.int64),
-                past_length_B=cache.past_lengths(positions),
-                caches=caches,
-            )
-        )
+        cache = cache or self._cache
+        return forward(self._session, self._embed, cache, view, tokens, positions, logit_rows)
 
-    def _accept(self, request: Request, logits_V: Float32) -> None:
+    def _accept(
+        self, request: Request, logits_V: Float32, proposed: int | None = None, drawn_from: Candidates | None = None
+    ) -> None:
         try:
-            request.accept(logits_V)
+            request.accept(logits_V, proposed, drawn_from)
         except Exception as error:
             request.error = error

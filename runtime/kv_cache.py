@@ -6,7 +6,7 @@ contiguous, and bound to the graph without a copy. When a sequence leaves, the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -89,6 +89,15 @@ class KvCache:
             for array in arrays:
                 array[target, :, :rows] = array[source, :, :rows]
 
+    def rows(self, index: int, kv_class: KvClass, start: int, stop: int) -> tuple[Cache, ...]:
+        """Rows [start, stop) of a slot as they lie here: keys and values [heads, rows, …] of each layer of a class."""
+        return tuple(array[index, :, start:stop] for array in self._arrays(kv_class))
+
+    def write_rows(self, index: int, kv_class: KvClass, start: int, rows: Sequence[Cache]) -> None:
+        """Copy what `rows` gave into a slot, from row `start` on."""
+        for array, new in zip(self._arrays(kv_class), rows, strict=True):
+            array[index, :, start : start + new.shape[1]] = new
+
     def wipe(self, index: int) -> None:
         """Make every row of a slot finite again."""
         for array in (*self._keys, *self._values):
@@ -96,6 +105,11 @@ class KvCache:
 
     def past_lengths(self, positions: Sequence[int]) -> dict[KvClass, Int64]:
         return past_lengths(self._layouts, positions)
+
+    def _arrays(self, kv_class: KvClass) -> Iterator[Cache]:
+        for layer in sorted(self._layout_of):
+            if self._layout_of[layer].kv_class == kv_class:
+                yield from (self._keys[layer], self._values[layer])
 
     def _grown(self, layout: KvLayout, tokens: int) -> int:
         now, needed = self._rows[layout.kv_class], layout.capacity(tokens)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,32 +14,25 @@ from numpy.typing import NDArray
 
 from corral.runtime.chat import Message
 from corral.runtime.completion import Completion, Piece
+from corral.runtime.draft_model import DraftModel, check_draft
 from corral.runtime.embedding import EmbeddingTable
-from corral.runtime.engine import Engine
-from corral.runtime.onnxruntime_session import OnnxRuntimeSession
+from corral.runtime.engine import MAX_WAITING, STEP_TOKENS, Engine
+from corral.runtime.prefix_file import read_prefix, write_prefix
+from corral.runtime.prompt_lookup import PromptLookup
+from corral.runtime.proposal import Proposer
+from corral.runtime.ready_bundle import chosen_context, longest_context, open_ready, open_session
 from corral.runtime.request import Request
 from corral.runtime.sampling_params import SamplingParams
 from corral.runtime.session import Float32, Session
 from corral.runtime.tokenizer import Tokenizer, open_tokenizer
-from corral.spec.bundle import Bundle, open_bundle
+from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
-from corral.spec.manifest import Manifest
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
 from corral.spec.target import target_named
 
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 Prompt = str | TokenIds
-
-# Caches grow with use, so the limit costs nothing; it is there because a forgotten 10 M tokens would.
-DEFAULT_CONTEXT = 131072
-
-
-NEXT_STAGE = {
-    "exported": "Run `corral quantize`, then `corral lower`",
-    "quantized": "Run `corral lower` on it",
-    "lowered": "Run `corral build` on it",
-}
 
 
 class LLM:
@@ -50,27 +46,52 @@ class LLM:
         threads: int | None = None,
         verify: bool = True,
         max_batch: int = 16,
+        max_waiting: int = MAX_WAITING,  # requests in line, besides those that run
+        draft: str | Path | Bundle | None = None,  # a smaller model's bundle that guesses the next tokens
+        prompt_lookup: bool = False,  # or guess them where the same tokens stood before
+        num_speculative_tokens: int = 5,  # of such tokens, at a time
+        prefix_cache_gb: float = 0,  # of cache rows kept for prompts that begin alike
         progress: Progress = silent,
         session: Session | None = None,  # something else that computes the decoder, for experiments and tests
     ) -> None:
-        bundle = path if isinstance(path, Bundle) else open_bundle(path, verify=verify, progress=progress)
-        if bundle.manifest.stage != "ready":
-            raise InputError(
-                f'{bundle.directory} is at stage "{bundle.manifest.stage}", expected "ready": it cannot run yet. '
-                f"{NEXT_STAGE[bundle.manifest.stage]}, or `corral compile` on the checkpoint."
-            )
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise InputError(f"max_batch is {max_batch!r}, expected a whole number of at least 1.")
+        bundle = open_ready(path, verify, progress)
+        for name, number in (
+            ("max_batch", max_batch),
+            ("max_waiting", max_waiting),
+            ("num_speculative_tokens", num_speculative_tokens),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise InputError(f"{name} is {number!r}, expected a whole number of at least 1.")
+        if isinstance(prefix_cache_gb, bool) or not 0 <= prefix_cache_gb < math.inf:
+            raise InputError(f"prefix_cache_gb is {prefix_cache_gb!r}, expected a number of GB, or 0 for none.")
+        if draft is not None and prompt_lookup:
+            raise InputError("draft and prompt_lookup were both given, expected one: both guess the next tokens.")
         self.bundle = bundle
-        self.max_context = _context(bundle.manifest, max_context)
+        self.max_context = chosen_context(bundle.manifest, max_context)
         self.tokenizer = open_tokenizer(bundle)  # None: the bundle takes and gives token ids only
+        proposer: Proposer | None = PromptLookup() if prompt_lookup else None
+        if draft is not None:
+            draft = open_ready(draft, verify, progress)
+            check_draft(draft, open_tokenizer(draft), bundle, self.tokenizer)
+            proposer = DraftModel(
+                open_session(draft, provider, threads),
+                EmbeddingTable(draft),
+                draft.manifest.kv,
+                max_context=min(self.max_context, longest_context(draft.manifest)[0]),
+                step_tokens=STEP_TOKENS,
+            )
         self._engine = Engine(
-            session or _open_session(bundle, provider, threads),
+            session or open_session(bundle, provider, threads),
             EmbeddingTable(bundle),
             bundle.manifest.kv,
             vocab_size=bundle.manifest.model.vocab_size,
             max_context=self.max_context,
             max_batch=min(max_batch, bundle.manifest.recipe.max_batch) if bundle.manifest.engines else max_batch,
+            max_waiting=max_waiting,
+            proposer=proposer,
+            num_proposed=num_speculative_tokens,
+            prefix_bytes=int(prefix_cache_gb * 1e9),
+            wide_batches=target_named(bundle.manifest.recipe.target).wide_batches,
         )
 
     @property
@@ -85,10 +106,11 @@ class LLM:
         """Complete one prompt or many, together; a prompt is a text or a list of token ids."""
         ids = [self._prompt_ids(prompt) for prompt in _as_prompts(prompts)]
         requests = [self._request(i, p) for i, p in zip(ids, _as_params(params, len(ids)), strict=True)]
+        outside = deque(requests)  # of a batch larger than the line, the rest waits here
         try:
-            for request in requests:
-                self._engine.add(request)
             while not all(request.done for request in requests):
+                while outside and self._engine.offer(outside[0]):
+                    outside.popleft()
                 self._engine.step()
         finally:  # after an interrupt, too
             for request in requests:
@@ -108,15 +130,17 @@ class LLM:
         """Answer one conversation or many; `variables` go to the chat template."""
         many = bool(messages) and isinstance(messages, Sequence) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if many else [messages]
-        return self.generate(
-            [self._need_tokenizer().apply_chat_template(c, **variables) for c in conversations], params
-        )
+        return self.generate([self.conversation(c, **variables) for c in conversations], params)
 
     def chat_stream(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **variables: Any
     ) -> Iterator[Piece]:
         """Answer a conversation piece by piece."""
-        return self.stream(self._need_tokenizer().apply_chat_template(messages, **variables), params)
+        return self.stream(self.conversation(messages, **variables), params)
+
+    def conversation(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The prompt that a conversation is, as token ids; `variables` go to the chat template."""
+        return self._need_tokenizer().apply_chat_template(messages, **variables)
 
     def score(self, token_ids: TokenIds) -> Float32:
         """Teacher-forced logits [tokens, vocab]: row t predicts token t + 1. For long texts: `score_pieces`."""
@@ -131,6 +155,26 @@ class LLM:
     def score_pieces(self, token_ids: TokenIds) -> Iterator[Float32]:
         """`score` as consecutive blocks [n, vocab], so that a long text's logits are never all in memory."""
         return self._engine.score_pieces(self._check_ids(token_ids))
+
+    def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
+        """Write the cache rows of a prompt that was run before to a file; returns how many of its tokens they are.
+
+        Raises InputError where there is no prefix cache, or nothing of the prompt in it.
+        """
+        ids = self._prompt_ids(prompt)
+        return self._engine.with_prefixes(lambda known: write_prefix(Path(path), self._digest, ids, known))
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Take the cache rows of a file that this bundle wrote; returns the tokens that need not be computed again.
+
+        Raises InputError for a file that is damaged, of another bundle or larger than the prefix cache.
+        """
+        return self._engine.with_prefixes(lambda known: read_prefix(Path(path), self._digest, known))
+
+    @property
+    def _digest(self) -> str:
+        """What tells this bundle's cache rows from another's: the manifest names the SHA-256 of every file."""
+        return hashlib.sha256(self.bundle.manifest.dumps().encode()).hexdigest()
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -198,30 +242,6 @@ class LLM:
                 "Shorten the text, or open the LLM with a larger max_context."
             )
         return tuple(ids.tolist())
-
-
-def _open_session(bundle: Bundle, provider: str, threads: int | None) -> Session:
-    """What computes a bundle: the GPU that its engines are for, or ONNX Runtime on what its target is for."""
-    if bundle.manifest.engines:
-        from corral.runtime.tensorrt_session import TensorRTSession
-
-        return TensorRTSession(bundle)
-    if target_named(bundle.manifest.recipe.target).provider == "cuda":
-        from corral.runtime.onnxruntime_cuda_session import OnnxRuntimeCudaSession
-
-        return OnnxRuntimeCudaSession(bundle, threads=threads)
-    return OnnxRuntimeSession(bundle, provider=provider, threads=threads)
-
-
-def _context(manifest: Manifest, max_context: int | None) -> int:
-    most, why = manifest.model.max_position_embeddings, "which the model was made for"
-    if manifest.engines and manifest.recipe.max_context < most:
-        most, why = manifest.recipe.max_context, "which its engines were built for (--max-context of `corral compile`)"
-    if max_context is None:
-        return min(most, DEFAULT_CONTEXT)
-    if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context <= most:
-        raise InputError(f"max_context is {max_context!r}, expected 1 to {most} tokens, {why}.")
-    return max_context
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:

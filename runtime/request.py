@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ from corral.runtime import sampler
 from corral.runtime.completion import Completion, FinishReason, Piece, Timings, TokenLogprobs
 from corral.runtime.sampling_params import SamplingParams
 from corral.runtime.session import Float32
+from corral.runtime.speculative_sampling import accept_or_replace
 from corral.runtime.stop_strings import StopStrings
 from corral.runtime.stream_decoder import StreamDecoder
 
@@ -31,13 +32,14 @@ class Request:
     ) -> None:
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.position = 0  # tokens in the cache
+        self.cached_tokens = 0  # of these, how many the prefix cache had
         self.output_ids: list[int] = []
         self.pieces: deque[Piece] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self._eos = tuple(eos_token_ids)
         self._decoder, self._stops = decoder, StopStrings(params.stop)
-        self._generator = np.random.default_rng(params.seed)
+        self.generator = np.random.default_rng(params.seed)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._reported = 0  # output tokens that are in a piece
@@ -57,17 +59,40 @@ class Request:
         """Prompt tokens still to be read."""
         return max(len(self.prompt_ids) - self.position, 0)
 
-    def accept(self, logits_V: Float32) -> None:
-        """Sample the next token, and finish if it ends the request."""
-        few = len(self.output_ids) < self.params.min_tokens
-        token = sampler.sample(
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output; the last one's successor is what comes next."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def tokens_from(self, start: int) -> list[int]:
+        """Tokens of prompt and output from `start` on."""
+        read = len(self.prompt_ids)
+        return [*self.prompt_ids[start:], *self.output_ids[max(start - read, 0) :]]
+
+    def distribution(self, logits_V: Float32, ahead: Sequence[int] = ()) -> sampler.Candidates:
+        """What the next token is drawn from, were the output followed by the tokens `ahead`."""
+        written = [*self.output_ids, *ahead] if ahead else self.output_ids
+        return sampler.distribution(
             logits_V,
             self.params,
-            self._generator,
             prompt_ids=self.prompt_ids,
-            output_ids=self.output_ids,
-            forbidden=self._eos if few else (),
+            output_ids=written,
+            forbidden=self._eos if len(written) < self.params.min_tokens else (),
         )
+
+    def accept(
+        self, logits_V: Float32, proposed: int | None = None, drawn_from: sampler.Candidates | None = None
+    ) -> None:
+        """Choose the next token, and finish if it ends the request.
+
+        With `proposed`, drawn at random from `drawn_from`, that is the token as often as the logits have it.
+        """
+        few = len(self.output_ids) < self.params.min_tokens
+        candidates = self.distribution(logits_V)
+        if proposed is None or drawn_from is None:
+            token = sampler.draw(candidates, self.generator.random())
+        else:
+            token = accept_or_replace(proposed, drawn_from, candidates, self.generator)
         if self.params.logprobs is not None:
             self._logprobs.append(sampler.token_logprobs(logits_V, token, self.params.logprobs))
         self.output_ids.append(token)
@@ -89,6 +114,7 @@ class Request:
                 first_token=self._arrivals[0] if self._arrivals else 0.0,
                 total=self._arrivals[-1] if self._arrivals else 0.0,
                 num_tokens=len(self.output_ids),
+                cached_tokens=self.cached_tokens,
                 between_tokens=tuple(later - earlier for earlier, later in pairwise(self._arrivals)),
             ),
         )

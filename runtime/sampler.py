@@ -36,16 +36,15 @@ class Candidates(NamedTuple):
         return Candidates(self.ids[mask], self.weights[mask])
 
 
-def sample(
+def distribution(
     logits_V: Floats,
     params: SamplingParams,
-    generator: np.random.Generator,
     *,
     prompt_ids: Sequence[int] = (),
     output_ids: Sequence[int] = (),
     forbidden: Sequence[int] = (),
-) -> int:
-    """Choose the next token. Raises CheckFailed where the logits hold no largest finite number."""
+) -> Candidates:
+    """What the next token is drawn from. Raises CheckFailed where the logits hold no largest finite number."""
     logits_V = penalize(forbid(logits_V, forbidden), params, prompt_ids, output_ids)
     best = int(np.argmax(logits_V))
     if not np.isfinite(logits_V[best]):
@@ -54,12 +53,11 @@ def sample(
             "Check the bundle with `corral validate`, and compile it again if it fails."
         )
     if params.greedy:
-        return best
+        return Candidates(np.array([best]), np.ones(1))
     candidates = weigh(logits_V, params.temperature)
     candidates = keep_min_p(candidates, params.min_p)
     candidates = keep_top_k(candidates, params.top_k)
-    candidates = keep_top_p(candidates, params.top_p)
-    return draw(candidates, generator.random())
+    return keep_top_p(candidates, params.top_p)
 
 
 def forbid(logits_V: Floats, ids: Sequence[int]) -> Floats:

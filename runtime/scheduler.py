@@ -1,4 +1,7 @@
-"""Who computes next: prompts first, one at a time in bounded pieces; then all running sequences decode together.
+"""Who computes next: in rounds of a bounded number of tokens, so that a long prompt does not hold up who is writing.
+
+A round is one token for each sequence that writes, then prompt tokens with what the budget leaves. Prompts are read one
+at a time and in order of arrival; when one is read its request writes, and the next may join in the same round.
 
 Plain Python over requests: it knows neither arrays nor graphs.
 """
@@ -23,16 +26,29 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """One more token for each request; request i is in slot i."""
+    """At least one more token for each request; request i is in slot i."""
 
     requests: tuple[Request, ...]
 
 
-class Scheduler:
-    """At most `max_batch` requests run, in slots 0 … n-1; the others wait in line."""
+@dataclass(frozen=True)
+class Move:
+    """The request that was in slot `source` is in slot `target` now."""
 
-    def __init__(self, *, max_batch: int, chunk: int | None, prefill_tokens: int) -> None:
-        self._max_batch, self._chunk, self._prefill_tokens = max_batch, chunk, prefill_tokens
+    source: int
+    target: int
+
+
+class Scheduler:
+    """At most `max_batch` requests run, in slots 0 … n-1; at most `max_waiting` others wait in line.
+
+    Those that write come first, so that they are a prefix of the slots; the one whose prompt is being read is the last.
+    """
+
+    def __init__(self, *, max_batch: int, max_waiting: int, chunk: int | None, step_tokens: int) -> None:
+        self._max_batch, self._max_waiting, self._chunk = max_batch, max_waiting, chunk
+        self._step_tokens = step_tokens
+        self._left = step_tokens  # prompt tokens that this round may still read
         self._waiting: deque[Request] = deque()
         self.running: list[Request] = []  # index = slot
 
@@ -40,27 +56,51 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.running and not self._waiting
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request) -> bool:
+        """Put a request in line; False where the line is full."""
+        if len(self._waiting) >= self._max_waiting:
+            return False
         self._waiting.append(request)
+        return True
+
+    def admit(self) -> tuple[Request, int] | None:
+        """Let the next request in, if nobody's prompt is being read and there is a slot: the request and its slot."""
+        reading = bool(self.running) and not self.running[-1].prefilled
+        if reading or not self._waiting or len(self.running) == self._max_batch:
+            return None
+        self.running.append(self._waiting.popleft())
+        return self.running[-1], len(self.running) - 1
 
     def schedule(self) -> Prefill | Decode | None:
-        """The next piece of work; None where there is none."""
-        while self._waiting and len(self.running) < self._max_batch:
-            self.running.append(self._waiting.popleft())
-        for slot, request in enumerate(self.running):
-            if not request.prefilled:
-                wanted = min(request.num_prefill, self._prefill_tokens)
-                return Prefill(request, slot, split_at_chunks(request.position, wanted, self._chunk)[0][1])
-        return Decode(tuple(self.running)) if self.running else None
+        """The next piece of work among those that were let in; None where there is none."""
+        if not self.running:
+            return None
+        last = self.running[-1]
+        writing = self.running if last.prefilled else self.running[:-1]
+        if not writing:  # nobody to hold up
+            self._left = self._step_tokens
+        if not last.prefilled and self._left > 0:
+            count = split_at_chunks(last.position, min(last.num_prefill, self._left), self._chunk)[0][1]
+            self._left -= count
+            return Prefill(last, len(self.running) - 1, count)
+        # Whoever reads is not starved by many who write: one token at least.
+        self._left = max(self._step_tokens - len(writing), 1)
+        return Decode(tuple(writing))
 
-    def remove(self, request: Request) -> tuple[int, int] | None:
-        """Take a request out. Returns (source, target) where the last slot must move into the hole, else None."""
+    def remove(self, request: Request) -> list[Move]:
+        """Take a request out, running or waiting. Returns the moves, in order, that close the hole it leaves."""
         if request in self._waiting:
             self._waiting.remove(request)
-            return None
+            return []
         if request not in self.running:
-            return None
-        hole, last = self.running.index(request), len(self.running) - 1
-        self.running[hole] = self.running[last]
+            return []
+        hole, moves = self.running.index(request), []
+        reading = not self.running[-1].prefilled
+        # The last one that writes, and then the one that reads, who must stay behind those that write.
+        for source in range(len(self.running) - (2 if reading else 1), len(self.running)):
+            if source > hole:
+                self.running[hole] = self.running[source]
+                moves.append(Move(source, hole))
+                hole = source
         self.running.pop()
-        return (last, hole) if hole != last else None
+        return moves

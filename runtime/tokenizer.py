@@ -28,6 +28,11 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's spelling and id, special ones included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; with `add_special_tokens` as the tokenizer's post-processor wants them (a BOS in front).
 

@@ -23,3 +23,7 @@ class EnvironmentProblem(CorralError):
     """The environment: a missing package, driver, memory or disk space (exit code 3)."""
 
     exit_code = 3
+
+
+class Overloaded(EnvironmentProblem):
+    """More is asked at a time than is accepted: the same may work later."""

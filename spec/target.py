@@ -25,6 +25,9 @@ class Target:
         "stock",
     )  # "stock": the backend's own; "corral": also corral's CPU kernels, for `cpu_ops.WEIGHTS`
     kv_dtype: str = "float32"  # of the caches
+    wide_batches: bool = (
+        False  # whether its graphs take several sequences of several tokens each, with a past, in one step
+    )
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -52,6 +55,7 @@ TARGETS = {
             weights=("fp32", "int8", "int4"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
+            wide_batches=True,
         ),
         Target(
             name="cpu",

@@ -58,6 +58,27 @@ def test_compile_reports_coverage_and_the_next_command(
     assert data["bytes"] == sum(f.stat().st_size for f in out.iterdir() if f.name != "manifest.json")
 
 
+def test_run_takes_a_prompt_up_where_a_file_has_it(corral: Corral, bundle: Path, tmp_path: Path) -> None:
+    def run(*options: Any) -> dict[str, Any]:
+        shown = corral("run", bundle, TEXT, "--max-tokens", 8, "--ignore-eos", "--json", *options).stdout
+        return json.loads(shown)
+
+    plain, file = run(), tmp_path / "prefix"
+    first, second = run("--prefix-cache", file), run("--prefix-cache", file)
+    assert plain["token_ids"] == first["token_ids"] == second["token_ids"]
+    assert [data["timings"]["cached_tokens"] > 0 for data in (plain, first, second)] == [False, False, True]
+    assert "no such directory" in corral("run", bundle, TEXT, "--prefix-cache", tmp_path / "a" / "b", code=2).stderr
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "incomplete" in corral("run", bundle, TEXT, "--prefix-cache", file, code=2).stderr
+
+
+def test_run_guesses_tokens(corral: Corral, bundle: Path) -> None:
+    base = ("run", bundle, TEXT, "--max-tokens", 24, "--ignore-eos")
+    plain = corral(*base).stdout
+    assert corral(*base, "--prompt-lookup", "--speculative-tokens", 3).stdout == plain
+    assert corral(*base, "--draft", bundle).stdout == plain
+
+
 def test_ctrl_c_says_how_far_it_came_and_the_same_command_goes_on(
     corral: Corral, tiny_checkpoint: TinyCheckpoint, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

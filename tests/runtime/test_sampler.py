@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,10 @@ LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=1, max_siz
 SHARES = st.floats(0.01, 0.99)
 
 
+def sample(logits: np.ndarray, params: SamplingParams, generator: np.random.Generator, **context: Any) -> int:
+    return sampler.draw(sampler.distribution(logits, params, **context), generator.random())
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits.astype(np.float64) - logits.max())
     return weights / weights.sum()
@@ -31,7 +36,7 @@ def candidates(logits: np.ndarray) -> Candidates:
 
 @given(LOGITS)
 def test_greedy_takes_the_lowest_of_the_largest(logits: np.ndarray) -> None:
-    chosen = sampler.sample(logits, SamplingParams(temperature=0), np.random.default_rng(0))
+    chosen = sample(logits, SamplingParams(temperature=0), np.random.default_rng(0))
     assert chosen == min(np.flatnonzero(logits == logits.max()))
 
 
@@ -61,7 +66,7 @@ def test_min_p_is_relative_to_the_likeliest(logits: np.ndarray, min_p: float) ->
 @given(LOGITS, st.integers(0, 2**32))
 def test_each_filter_bounds_what_is_drawn(logits: np.ndarray, seed: int) -> None:
     params = SamplingParams(temperature=0.7, top_k=5, top_p=0.8, min_p=0.05)
-    chosen = sampler.sample(logits, params, np.random.default_rng(seed))
+    chosen = sample(logits, params, np.random.default_rng(seed))
     kept = sampler.keep_min_p(sampler.weigh(logits, 0.7), 0.05)
     kept = sampler.keep_top_p(sampler.keep_top_k(kept, 5), 0.8)
     assert chosen in kept.ids
@@ -83,7 +88,7 @@ def test_impossible_tokens_are_never_drawn(uniform: float) -> None:
 def test_low_temperature_approaches_greedy_without_overflow() -> None:
     logits = np.array([1e4, 1e4 + 1, -1e4], dtype=np.float32)
     params = SamplingParams(temperature=1e-9)
-    assert {sampler.sample(logits, params, np.random.default_rng(i)) for i in range(20)} == {1}
+    assert {sample(logits, params, np.random.default_rng(i)) for i in range(20)} == {1}
 
 
 def test_repetition_penalty_weakens_seen_tokens_of_either_sign() -> None:
@@ -103,7 +108,7 @@ def test_no_function_changes_the_logits_it_is_given(logits: np.ndarray) -> None:
     before = logits.copy()
     params = SamplingParams(repetition_penalty=1.5, presence_penalty=1, frequency_penalty=1, top_k=3, top_p=0.5)
     forbidden = (0,) if len(logits) > 1 else ()
-    sampler.sample(logits, params, np.random.default_rng(0), prompt_ids=[0], output_ids=[0], forbidden=forbidden)
+    sample(logits, params, np.random.default_rng(0), prompt_ids=[0], output_ids=[0], forbidden=forbidden)
     sampler.token_logprobs(logits, 0, 3)
     assert np.array_equal(logits, before)
 
@@ -111,7 +116,7 @@ def test_no_function_changes_the_logits_it_is_given(logits: np.ndarray) -> None:
 def test_forbidden_tokens_are_not_chosen() -> None:
     logits = np.array([9.0, 1.0, 0.0], dtype=np.float32)
     params = SamplingParams(temperature=0)
-    assert sampler.sample(logits, params, np.random.default_rng(0), forbidden=(0,)) == 1
+    assert sample(logits, params, np.random.default_rng(0), forbidden=(0,)) == 1
 
 
 @given(LOGITS, st.integers(0, 5))
@@ -125,7 +130,7 @@ def test_logprobs_are_the_log_softmax_likeliest_first(logits: np.ndarray, count:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_numbers_are_refused(value: float) -> None:
     with pytest.raises(CheckFailed, match="not finite"):
-        sampler.sample(np.array([0.0, value], dtype=np.float32), SamplingParams(), np.random.default_rng(0))
+        sample(np.array([0.0, value], dtype=np.float32), SamplingParams(), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

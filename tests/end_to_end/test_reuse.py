@@ -1,0 +1,47 @@
+"""Guessed tokens and kept rows with compiled bundles: the answers of plain decoding, on both CPU targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corral.runtime import LLM, SamplingParams
+
+CHUNK = 16
+PARAMS = SamplingParams(temperature=0, max_tokens=2 * CHUNK + 3, ignore_eos=True)
+TinyBundle = Callable[..., Path]
+
+
+def prompts() -> list[list[int]]:
+    """Around chunk boundaries, with a common beginning."""
+    ids = np.random.default_rng(3).integers(0, 8, 3 * CHUNK).tolist()
+    return [[*ids[:n], 9] for n in (1, CHUNK - 2, CHUNK - 1, CHUNK, 2 * CHUNK + 5)]
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("guess", ["lookup", "draft"])
+def test_guessed_tokens_change_no_answer(tiny_bundle: TinyBundle, target: str, guess: str) -> None:
+    bundle, draft = tiny_bundle("scout", target, "fp32"), tiny_bundle("scout", target, "int4")
+    guessing = LLM(bundle, prompt_lookup=True) if guess == "lookup" else LLM(bundle, draft=draft)
+    plain = [answer.token_ids for answer in LLM(bundle).generate(prompts(), PARAMS)]
+    assert [guessing.generate([prompt], PARAMS)[0].token_ids for prompt in prompts()] == plain
+    assert [answer.token_ids for answer in guessing.generate(prompts(), PARAMS)] == plain
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_prompts_that_begin_alike_are_answered_as_without(tiny_bundle: TinyBundle, target: str, tmp_path: Path) -> None:
+    bundle = tiny_bundle("scout", target, "fp32")
+    plain = [answer.token_ids for answer in LLM(bundle).generate(prompts(), PARAMS)]
+    llm = LLM(bundle, prefix_cache_gb=0.1)
+    for _ in range(2):
+        answers = [llm.generate([prompt], PARAMS)[0] for prompt in prompts()]
+        assert [answer.token_ids for answer in answers] == plain
+    assert [answer.timings.cached_tokens for answer in answers] == [0, 0, 0, CHUNK, 2 * CHUNK]
+    assert llm.save_prefix(prompts()[-1], tmp_path / "prefix") == 2 * CHUNK
+    other = LLM(bundle, prefix_cache_gb=0.1)
+    other.load_prefix(tmp_path / "prefix")
+    [answer] = other.generate([prompts()[-1]], PARAMS)
+    assert (answer.token_ids, answer.timings.cached_tokens) == (plain[-1], 2 * CHUNK)
