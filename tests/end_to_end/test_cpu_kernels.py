@@ -245,3 +245,18 @@ def test_outputs_that_are_no_whole_tiles_are_refused_by_name(
     with pytest.raises(InputError, match=r"lm_head.weight has 300 outputs; .* multiples of 16. Use --kernels stock"):
         compile(tmp_path / "odd", tmp_path / "out", RECIPE)
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_are_no_whole_lanes_keep_onnx_runtimes_attention(
+    tiny_config: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = tiny_config("guard") | {"head_dim": 8, "num_hidden_layers": 1, "no_rope_layers": [1]}
+    Llama4ForCausalLM(Llama4TextConfig(**config)).save_pretrained(tmp_path / "narrow")
+    bundle = compile(tmp_path / "narrow", tmp_path / "out", RECIPE)
+    nodes = {node.op_type for node in onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node}
+    assert "GroupQueryAttention" in nodes and "Attention" not in nodes
+    assert np.isfinite(LLM(bundle).score(range(20))).all()
+    with pytest.raises(InputError, match=r"attention heads are 8 wide; .* a KV cache in int8 .* Use --kv float"):
+        compile(tmp_path / "narrow", tmp_path / "quantized", dataclasses.replace(RECIPE, kv="int8"))
