@@ -126,6 +126,8 @@ def keep_top_p(candidates: Candidates, top_p: float) -> Candidates:
 
 def draw(candidates: Candidates, uniform: float) -> int:
     """The candidate at quantile `uniform` (in [0, 1)) of the cumulative weights."""
+    if len(candidates.ids) == 1:
+        return int(candidates.ids[0])
     mass = np.cumsum(candidates.weights)
     # side="right": a candidate of weight 0 is never chosen.
     chosen = int(np.searchsorted(mass, uniform * mass[-1], side="right"))
