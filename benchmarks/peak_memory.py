@@ -1,5 +1,7 @@
 """Run a command and print, as JSON, its seconds and the peak memory of all its processes together.
 
+`cpu_seconds` are those that its processes computed: they say more than `seconds` where others share the machine.
+
     python benchmarks/peak_memory.py corral compile synthetic:scout -o /tmp/scout --target cpu --weights int4
 
 `resident` sums the resident memory of every process (shared pages count in each: an upper bound), `anonymous` only what
@@ -9,6 +11,7 @@ belongs to no file. Sampled every quarter of a second, from /proc.
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -57,7 +60,9 @@ def main(command: list[str]) -> int:
             peak[field] = max(peak[field], sum(one[field] for one in found))
         time.sleep(EVERY)
     figures = {f"peak_{field}_gib": round(size / 2**30, 2) for field, size in peak.items()}
-    print(json.dumps({"seconds": round(time.monotonic() - started, 1), "processes": processes, **figures}))
+    seconds, used = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    times = {"seconds": round(seconds, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
+    print(json.dumps({**times, "processes": processes, **figures}))
     return running.returncode
 
 

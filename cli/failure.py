@@ -22,7 +22,7 @@ INSTALLED_BY = (
         ("huggingface_hub", "ml_dtypes", "onnx", "onnx_ir", "onnxscript", "safetensors", "torch"), "corral[compile]"
     )
     | dict.fromkeys(("jinja2", "numpy", "onnxruntime", "rich", "tokenizers"), "corral")
-    | {"ray": "corral[ray]", "vl_convert": "corral[report]"}
+    | {"ray": "corral[ray]", "vl_convert": "corral[report]", "lm_eval": "corral[tasks]"}
 )
 
 

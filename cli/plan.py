@@ -51,6 +51,7 @@ def command(
     from corral.cli.tables import print_json
     from corral.spec.estimate import Serving, estimate
     from corral.spec.target import target_named
+    from corral.spec.tensorrt_flavors import FLAVORS
 
     gpu = gpu_named(options.pop("gpu"))
     if group_size not in GROUP_SIZES:
@@ -67,7 +68,8 @@ def command(
     data["builds"] = {name: build.to_json() for name, build in builds.items()}
     if exact:
         data["exact_weights_bytes"] = _exact(checkpoint, target, choice, group_size)
-    tiled = target_named(target).engine is not None and config.num_local_experts > 0
+    module = target_named(target).engine
+    tiled = module is not None and not FLAVORS[module].plugins and config.num_local_experts > 0
     if tiled:
         data["expert_tiles"] = expert_tiles(config, choice, group_size, gpu)
     if as_json:

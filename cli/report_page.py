@@ -34,6 +34,8 @@ from corral.cli.report_view import (
     latency_table,
     layers_table,
     report_table,
+    tasks_remark,
+    tasks_table,
     verdict_words,
 )
 from corral.cli.tables import Table
@@ -104,6 +106,8 @@ def report_page(report: Report, recipes: Sequence[RecipeView], command: str, fai
             for candidate in report.candidates
             if candidate.insides
         ],
+        tasks=tasks_table(report) if report.tasks else None,
+        tasks_remark=tasks_remark(),
         recipes=recipes,
         command=command,
         version=_version(),

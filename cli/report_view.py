@@ -22,6 +22,7 @@ LAYER_COLUMNS = (
 )  # fmt: skip
 ACCURACY_COLUMNS = ("build", "same top-5>", "KL, p50>", "p95>", "p99>", "largest>", "greedy text alike>")
 EXPERT_COLUMNS = ("layer", "expert>", "tokens>", "signal-to-noise, dB>", "gain>")
+TASK_COLUMNS = ("task", "metric", "build", "score>", "published>", "documents>")
 NOISIEST = 8  # experts that are listed
 
 
@@ -64,6 +65,10 @@ def show_report(report: Report, names: Mapping[str, str] | None = None) -> None:
     )
     print_table(latency_table(report, names))
     _show_insides(report)
+    if report.tasks:
+        click.echo("\n   Tasks: share of right answers, ± one standard error by lm-eval")
+        print_table(tasks_table(report))
+        click.echo("   " + tasks_remark())
 
 
 def how_measured(report: Report) -> tuple[str, str]:
@@ -149,6 +154,33 @@ def experts_table(insides: LayerByLayer) -> Table:
         for layer, e in sorted(found, key=lambda pair: pair[1].answer.signal_to_noise)[:NOISIEST]
     ]
     return Table(columns=EXPERT_COLUMNS, rows=rows)
+
+
+def tasks_table(report: Report) -> Table:
+    """One row a task, metric and build, with what is published of the model where something is."""
+    rows = [
+        (
+            score.task,
+            score.metric,
+            score.build,
+            percent(score.value, score.stderr),
+            UNKNOWN if score.published is None else percent(score.published),
+            f"{score.documents:,}",
+        )
+        for score in sorted(report.tasks, key=lambda score: (score.task, score.metric))
+    ]
+    return Table(columns=TASK_COLUMNS, rows=rows)
+
+
+def tasks_remark() -> str:
+    """What published scores are worth, and of which benchmarks there is no task here."""
+    from corral.validate.published import lacking
+
+    missing = "; ".join(f"{titles} ({why})" for why, titles in lacking().items())
+    return (
+        "Published scores come from other prompts, and others' reading of the answers: hold builds against each other. "
+        f"Published, and not measured here: {missing}."
+    )
 
 
 def verdict_words(candidate: CandidateResult) -> str:

@@ -54,7 +54,7 @@ def command(
 ) -> None:
     """Choose bits, group size and method of every matrix of a CHECKPOINT, and write a recipe for `corral compile --recipe`.
 
-    Each matrix's sensitivity is measured. Needs the model in float32 in memory.
+    Each matrix's sensitivity is measured, in as many passes through the model as there are ways to store them.
     """
     wanted = _budget(budget, size, tokens_per_second)
     if tokens < 1:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from corral.cli.options import command_line, json_option, provider_option, threads_option
 from corral.spec.errors import CheckFailed, InputError
+
+if TYPE_CHECKING:
+    from corral.validate.tasks import TaskScore
 
 path_type = click.Path(path_type=Path)
 
@@ -25,6 +30,13 @@ path_type = click.Path(path_type=Path)
 )
 @click.option("--repeats", type=int, default=5, show_default=True, help="Timed runs a build.")
 @click.option("--inside", is_flag=True, help="Also compare layer by layer, expert by expert, and name what is broken.")
+@click.option(
+    "--tasks", metavar="NAME[,NAME]", help="Also run these tasks of lm-eval, or llama4: those with published scores."
+)
+@click.option("--task-limit", type=int, help="Of each task, only so many documents.")
+@click.option(
+    "--task-chat", is_flag=True, help="Put a task's questions through the chat template, as Instruct models want."
+)
 @click.option("--max-kl", type=float, help="Gate: mean KL divergence, nats a token.")
 @click.option("--min-top1", type=float, help="Gate: share of tokens with the same top-1, 0 to 1.")
 @click.option("--max-perplexity-ratio", type=float, help="Gate: perplexity over the reference's.")
@@ -46,6 +58,9 @@ def command(
     window: int,
     repeats: int,
     inside: bool,
+    tasks: str | None,
+    task_limit: int | None,
+    task_chat: bool,
     page: Path | None,
     provider: str,
     threads: int | None,
@@ -63,6 +78,8 @@ def command(
     if bool(texts) == (token_ids is not None):
         got = "both" if texts else "neither"
         raise InputError(f"expected --text FILE or --token-ids FILE, got {got}. Give one of them.")
+    if task_limit is not None and task_limit < 1:
+        raise InputError(f"task_limit is {task_limit}, expected at least 1.")
     from corral.cli.progress import show_progress
     from corral.cli.report_view import show_report
     from corral.cli.tables import print_json
@@ -71,6 +88,13 @@ def command(
     from corral.validate.windows import read_text, read_token_ids
 
     with show_progress() as progress:
+        scores: tuple[TaskScore, ...] = ()
+        if tasks is not None:  # first: what cannot be fetched is told before hours of work
+            progress("load tasks", 0, 0, "")
+            from corral.validate.tasks import Tasks, run_tasks
+
+            how = {"limit": task_limit, "chat": task_chat, "provider": provider, "threads": threads}
+            scores = run_tasks(Tasks(tasks.split(",")), [reference, *candidates], progress=progress, **how)
         report = compare(
             reference,
             candidates,
@@ -84,6 +108,7 @@ def command(
             threads=threads,
             progress=progress,
         )
+    report = dataclasses.replace(report, tasks=scores)
     if as_json:
         print_json(report.to_json())
     else:

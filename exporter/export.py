@@ -9,8 +9,10 @@ from corral.exporter.capture import capture
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.weight_plan import WeightPlan
 
+Exported = tuple[ir.Model, WeightPlan]
 
-def export(checkpoint: Checkpoint) -> tuple[ir.Model, WeightPlan]:
+
+def export(checkpoint: Checkpoint) -> Exported:
     """Capture the decoder that `checkpoint` describes and plan its weights. Reads headers only, no weight."""
     model = capture(checkpoint.config)
     return model, bind_weights(model, checkpoint)

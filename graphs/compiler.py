@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from corral.exporter.export import export
+from corral.exporter.export import Exported, export
 from corral.graphs.calibrate.calibrate import calibration_key
 from corral.graphs.engine.engines import build_engines, waiting_for_engines
 from corral.graphs.engine.tensorrt_module import check_installed
@@ -19,6 +19,7 @@ from corral.spec.bundle import Bundle
 from corral.spec.progress import Progress, silent
 from corral.spec.recipe import Recipe
 from corral.spec.target import target_named
+from corral.spec.weight_plan import WeightPlan
 
 
 def compile(
@@ -52,11 +53,19 @@ def compile(
     return build_engines(out, progress=progress) if engine else waiting
 
 
-def lower(checkpoint: Checkpoint, recipe: Recipe, *, progress: Progress = silent) -> ModelAndPlan:
-    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read."""
+def lower(
+    checkpoint: Checkpoint, recipe: Recipe, *, captured: Exported | None = None, progress: Progress = silent
+) -> ModelAndPlan:
+    """Graph and plan for `recipe`'s target, of a checkpoint whose headers alone are read.
+
+    `captured` is what `export` gave for this checkpoint, where several recipes share it: it stays as it is.
+    """
     statistics = calibration_key(checkpoint, recipe)  # first: a text that does not do is told at once
-    progress("capture", 0, 0, "")
-    model, plan = export(checkpoint)
+    if captured is None:
+        progress("capture", 0, 0, "")
+        model, plan = export(checkpoint)
+    else:
+        model, plan = captured[0].clone(), WeightPlan(dict(captured[1].entries))
     work = ModelAndPlan(model, plan, checkpoint.config, recipe, statistics)
     for phase in phases(recipe.lowering):
         run_phase(phase, work)

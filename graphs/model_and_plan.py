@@ -47,6 +47,11 @@ class ModelAndPlan:
             self.graph.register_initializer(value)
         return values
 
+    def unlink(self, entry: Entry) -> None:
+        """Take a planned weight from the nodes that read it, which nothing uses any more."""
+        for use in list(self.graph.initializers[entry.name].uses()):
+            use.node.replace_input_with(use.idx, None)
+
     def merge_weights(self, old: Sequence[Entry], joined: Entry) -> ir.Value:
         """Replace several planned weights by one, in plan and graph; the caller rewires their uses."""
         self.plan.replace(old[0].name, joined)

@@ -14,13 +14,14 @@ from corral.graphs.lower.onnxruntime.attention import lower_attention
 from corral.graphs.lower.onnxruntime.matmul import lower_matmul
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_matmul
 from corral.graphs.lower.onnxruntime.moe import lower_moe
+from corral.graphs.lower.precision import lower_precision
 from corral.graphs.lower.tensorrt import attention as tensorrt_attention
 from corral.graphs.lower.tensorrt import moe as tensorrt_moe
 from corral.graphs.lower.tensorrt.capacity import fix_capacity
 from corral.graphs.lower.tensorrt.fp8 import lower_fp8_matmul
 from corral.graphs.lower.tensorrt.join_matmul import join_matmul
 from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
-from corral.graphs.lower.tensorrt.precision import lower_precision
+from corral.graphs.lower.tensorrt.plugin_moe import lower_plugin_moe
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
 from corral.graphs.passes.clean_up import clean_up
 from corral.graphs.passes.fold_weight_transposes import fold_weight_transposes
@@ -52,6 +53,7 @@ TENSORRT = Phase(
         gather_logit_rows,
         clean_up,
         lower_precision,
+        lower_plugin_moe,
         clean_up,
         name_nodes,
     ),

@@ -47,9 +47,12 @@ class Profile:
 
 
 class TensorRTEngine:
-    """An engine on a device. `inputs` and `outputs` are its tensors' numpy types by name."""
+    """An engine on a device. `inputs` and `outputs` are its tensors' numpy types by name.
 
-    def __init__(self, path: Path, record: EngineRecord, device: Device) -> None:
+    `weight_budget`: bytes of weights that stay on the device, of an engine whose weights may stream to it.
+    """
+
+    def __init__(self, path: Path, record: EngineRecord, device: Device, weight_budget: int | None = None) -> None:
         self.path, self._device = path, device
         self._trt, self._flavor = load_module(record, path)
         self._log = _logger(self._trt)
@@ -61,6 +64,7 @@ class TensorRTEngine:
         named = {name: DTYPES.get(kind, kind.lower()) for name, kind in types.items()}
         self.inputs = {name: named[name] for name in names if modes[name] == self._trt.TensorIOMode.INPUT}
         self.outputs = {name: named[name] for name in names if name not in self.inputs}
+        self._streams = weight_budget is not None and self._keep_weights(weight_budget)
         self.profiles = tuple(self._profile(i) for i in range(self._engine.num_optimization_profiles))
         self._contexts = [self._context(profile.index) for profile in self.profiles]
 
@@ -69,7 +73,12 @@ class TensorRTEngine:
         return self._engine.get_aliased_input_tensor(output) or None
 
     def capturable(self, profile: int) -> bool:
-        """Whether `enqueue` may be recorded by the device. Only the module that compiles kernels late may say no."""
+        """Whether `enqueue` may be recorded by the device. Only the module that compiles kernels late may say no.
+
+        What streams weights from the host is not recorded, whichever the module: a recording holds addresses.
+        """
+        if self._streams:
+            return False
         if not self._flavor.runtime_cache:
             return True
         return bool(self._contexts[profile].is_stream_capturable(self._device.stream))
@@ -111,6 +120,18 @@ class TensorRTEngine:
         kinds = self._trt.EngineInvalidityDiagnostics
         found = [words for name, words in INVALID.items() if int(flags) & int(getattr(kinds, name))]
         raise InputError(f"{self._name} does not run {self.path}: {'; '.join(found) or self._log.said()}")
+
+    def _keep_weights(self, budget: int) -> bool:
+        """Set how many bytes of weights stay on the device, before any context is made; whether some must stream."""
+        streamable = self._engine.streamable_weights_size
+        wanted = min(budget, streamable)
+        self._engine.weight_streaming_budget_v2 = wanted
+        if self._engine.weight_streaming_budget_v2 != wanted:
+            raise EnvironmentProblem(
+                f"{self._name} does not keep {wanted / 1e9:.2f} GB of the weights of {self.path} on the GPU: "
+                f"{self._log.said()} Stop what else uses the GPU, or compile without --weight-streaming."
+            )
+        return wanted < streamable
 
     def _profile(self, index: int) -> Profile:
         shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in self.inputs}

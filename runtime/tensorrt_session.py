@@ -24,6 +24,7 @@ from corral.runtime.engine_choice import choose_engines
 from corral.runtime.session import CacheView, Float32, Step
 from corral.runtime.stage_io import StageIo, check_stages, stage_io
 from corral.runtime.tensorrt_engine import Shape, TensorRTEngine
+from corral.runtime.weight_streaming import weight_budgets
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle
 from corral.spec.errors import EnvironmentProblem, InputError
@@ -66,8 +67,11 @@ class TensorRTSession:
         _check_memory(bundle, self._device)
         self._vocab_size, self._max_batch = manifest.model.vocab_size, manifest.recipe.max_batch
         self._slot_bytes = slot_bytes(manifest.kv)
+        caches = 2 * sum(self._slot_bytes) * self._max_batch
+        budgets = weight_budgets(bundle, engines, self._device, caches)
         self._stages = [
-            _Stage(bundle, graph, engine, self._device) for graph, engine in zip(manifest.graphs, engines, strict=True)
+            _Stage(bundle, graph, engine, self._device, budget)
+            for graph, engine, budget in zip(manifest.graphs, engines, budgets, strict=True)
         ]
         self._limits = self._stages[-1].limits()
         self._buffers = self._allocate(manifest.model.hidden_size)
@@ -194,10 +198,12 @@ def cut(step: Step, limits: Sequence[Limits]) -> Iterator[Piece]:
 class _Stage:
     """One engine, checked against the manifest."""
 
-    def __init__(self, bundle: Bundle, graph: GraphRecord, record: EngineRecord, device: Device) -> None:
+    def __init__(
+        self, bundle: Bundle, graph: GraphRecord, record: EngineRecord, device: Device, weight_budget: int | None
+    ) -> None:
         path = bundle.path(record.path)
         self.io: StageIo = stage_io(bundle.manifest.model, graph)
-        self._engine = TensorRTEngine(path, record, device)
+        self._engine = TensorRTEngine(path, record, device, weight_budget)
         self.io.check(str(path), self._engine.inputs, self._engine.outputs)
         self._check_types(bundle)
         self._check_aliases()
@@ -257,7 +263,8 @@ class _Stage:
 
 
 def _check_memory(bundle: Bundle, device: Device) -> None:
-    weights = sum(record.bytes for record in bundle.manifest.coverage if record.kind != "embedding")
+    streamed = bundle.manifest.recipe.weight_streaming  # then none must be there
+    weights = sum(record.bytes for record in bundle.manifest.coverage if record.kind != "embedding" and not streamed)
     caches, free = 2 * sum(slot_bytes(bundle.manifest.kv)), device.free_memory()
     if weights + caches > free:
         raise EnvironmentProblem(

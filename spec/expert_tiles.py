@@ -1,8 +1,8 @@
 """In how many tiles of columns an engine multiplies by its experts, and what that moves: a cost model, nothing measured.
 
-A builder writes the chosen experts' matrices to memory in 16 bits before it multiplies by them. Cut into tiles that are
-taken one after the other, each tile's copy is written where the last one's was. Where a tile's copy stays in the GPU's
-level-2 cache, only the weights as they are stored come from DRAM; a tile costs a few more kernels.
+A builder writes the chosen experts' matrices to memory, in 16 bits or FP8, before it multiplies by them. Cut into tiles
+that are taken one after the other, each tile's copy is written where the last one's was. Where a tile's copy stays in the
+GPU's level-2 cache, only the weights as they are stored come from DRAM; a tile costs a few more kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from corral.spec.model_config import ModelConfig
 from corral.spec.storage import WEIGHT_BITS
 
 MAX_BLOCK = 64  # rows of a block of the block-aligned experts: a matrix kernel's tile
-COPY_BYTES = 2  # of a number in a copy
+COPY_BITS = {"fp8": 8}  # of a number in a copy; of other weights 16
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 KERNELS = 5  # of a tile, as seen in schedules of TensorRT for RTX 1.7.1
 KERNEL_SECONDS = 2e-6  # assumed: from one kernel of a recorded step to the next
@@ -44,7 +44,7 @@ def tiled_experts(
     matrix = 3 * config.hidden_size * config.intermediate_size
     bits, scaled = WEIGHT_BITS[weights]
     read = int(blocks * matrix * (bits + (16 / group_size if scaled else 0))) // 8
-    copy = blocks * matrix * COPY_BYTES // tiles
+    copy = blocks * matrix * COPY_BITS.get(weights, 16) // 8 // tiles
     in_cache = copy + read // tiles <= USABLE_L2 * gpu.l2_bytes
     dram = read + (0 if in_cache else 2 * copy * tiles)
     return TiledExperts(

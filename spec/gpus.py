@@ -58,7 +58,11 @@ GPUS = {
     )
 }
 
-# From NVIDIA's architecture white papers of the same chips; of B200 as others measured it.
+# What the CUDA runtime reports (`l2CacheSize`), which is NVIDIA's figure of the whole cache even where a multiprocessor is
+# near one half of it only (A100, H100, H200, B200).
+# Architecture white papers: A100, H100 (H200 is the same chip), RTX 3090 and A10 (GA102), RTX 4090, RTX 5090.
+# CUDA's tuning guide for Ada and the white paper: 98304 KB of the whole AD102, which L40S has, and 49152 KB of L4's AD104.
+# deviceQuery as published by owners: T4. B200: several that measured it agree (Chips and Cheese, for one).
 L2_MIB = {
     "h100": 50, "h200": 50, "b200": 126, "a100": 40, "a100-40": 40, "a10": 6, "t4": 4, "l40s": 96, "l4": 48,
     "rtx3090": 6, "rtx4090": 72, "rtx5090": 96, "dgx-h100": 50,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from corral.exporter.bind_weights import embedding_entry
+from corral.exporter.export import Exported, export
 from corral.graphs.bundle_size import bundle_bytes
-from corral.graphs.calibrate.gather import pieces_of
+from corral.graphs.calibrate.streamed_model import pieces_of
 from corral.graphs.compiler import lower
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.quant_scheme import scheme_named
@@ -54,8 +56,13 @@ class Sizes:
         return sum(self.stored(part, (choice.weights, choice.group_size)) for part, choice in chosen.items())
 
     def bundle(self, chosen: Mapping[Part, Choice]) -> int:
-        """The bundle of such a choice, to the byte. Lowers the checkpoint, which takes seconds."""
-        return bundle_bytes(lower(self.checkpoint, as_recipe(self.recipe, chosen)), self.checkpoint)
+        """The bundle of such a choice, to the byte: lowers the checkpoint, whose graph is captured once for all choices."""
+        work = lower(self.checkpoint, as_recipe(self.recipe, chosen), captured=self._captured)
+        return bundle_bytes(work, self.checkpoint)
+
+    @cached_property
+    def _captured(self) -> Exported:
+        return export(self.checkpoint)
 
     def read(self, chosen: Mapping[Part, Choice]) -> float:
         """What one token reads of the parts: of experts, those that it visits."""

@@ -48,7 +48,7 @@ def tune(
     """Choose weights, group size and method of every part of a checkpoint; `recipe` says the rest: target, kernels, text.
 
     Divergence is measured on the `tokens` of the recipe's text that follow those it calibrates on. It is that of the
-    weights: activations are float32. Needs the model in float32 in memory. Raises InputError for a checkpoint that is
+    weights: activations are float32. Memory: `corral.tune.sensitivity.Meter`. Raises InputError for a checkpoint that is
     quantized already, for a text that is too short, and where no choice keeps the budget.
     """
     if target_named(recipe.target).engine:

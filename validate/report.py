@@ -12,6 +12,7 @@ from corral.validate.greedy import GreedyDivergence
 from corral.validate.latency import Latency
 from corral.validate.layers import Fidelity, LayerByLayer
 from corral.validate.statistics import Distribution, Estimate, Spread
+from corral.validate.tasks import TaskScore
 from corral.validate.verdict import Verdict
 
 
@@ -85,12 +86,14 @@ class Report:
     reference: ReferenceResult
     candidates: tuple[CandidateResult, ...]
     measured: Measured
+    tasks: tuple[TaskScore, ...] = ()  # where asked for
 
     def to_json(self) -> dict[str, Any]:
         return {
             "reference": self.reference.to_json(),
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "measured": dataclasses.asdict(self.measured),
+            "tasks": [{**dataclasses.asdict(score), "stderr": _finite(score.stderr)} for score in self.tasks],
         }
 
 
@@ -146,6 +149,10 @@ def _latency(latency: Latency | None) -> dict[str, Any]:
 def _spread(name: str, value: Spread) -> dict[str, Any]:
     rest = dataclasses.asdict(value)
     return {name: rest.pop("median"), f"{name}_spread": rest}
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _number(value: float) -> float | None:

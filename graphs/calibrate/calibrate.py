@@ -77,17 +77,23 @@ def calibrate(
 
 
 def statistics_bytes(config: ModelConfig, tokens: int, products: Products) -> int:
-    """Disk space for a calibration: what is kept of every matrix's X^T X, hidden states of three points of a layer."""
+    """Disk space for a calibration, at most: what is kept of every matrix's X^T X, hidden states of three points of a layer."""
 
-    def kept(inputs: int) -> int:
-        return inputs * {"whole": inputs, "blocks": max(GROUP_SIZES), "none": 0}[products]
+    def kept(inputs: int, experts: int = 0) -> int:
+        """Of one matrix, or of all experts of a layer: their tokens are shared out, so few of them can have many."""
+        most = max(experts, 1) * inputs * {"whole": inputs, "blocks": max(GROUP_SIZES), "none": 0}[products]
+        visits = tokens * (config.num_experts_per_tok if experts else 1)
+        return min(most, 2 * visits * inputs) if products == "whole" else most
 
     numbers = kept(config.hidden_size) + 3 * tokens * config.hidden_size
     for layer in config.layers:
         attention = kept(config.hidden_size) + kept(config.query_size)
         dense = config.intermediate_size if layer.moe else config.intermediate_size_mlp
-        forward = (config.num_local_experts if layer.moe else 0) + 1
-        numbers += attention + forward * (kept(config.hidden_size) + kept(dense))
+        numbers += attention + kept(config.hidden_size) + kept(dense)
+        if layer.moe:
+            numbers += sum(
+                kept(size, config.num_local_experts) for size in (config.hidden_size, config.intermediate_size)
+            )
     return 4 * numbers
 
 

@@ -19,7 +19,7 @@ WINDOW = 512  # tokens; each starts without context, as in `corral validate`
 SHIPPED = {"python-library": Path(__file__).with_name("python-library.txt")}
 # No tokenizer averages as many characters a token: of a long text, no more is encoded than is used.
 MOST_CHARACTERS = 64
-FORMAT = "2"  # of what is gathered; part of its name
+FORMAT = "3"  # of what is gathered; part of its name
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.graphs.calibrate.gather import pieces_of
 from corral.graphs.calibrate.statistics import Statistics, input_site
+from corral.graphs.calibrate.streamed_model import pieces_of
 from corral.graphs.quantize.awq import ALPHAS, alpha_losses, input_scales
 from corral.graphs.quantize.methods import AS_PUBLISHED, MIN_TOKENS, method_for
 from corral.model.checkpoint.checkpoint import Checkpoint

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from corral.graphs.engine.fp8_products import check_fp8_products, fp8_products
+from corral.graphs.engine.kernels.compile import nvrtc_version
+from corral.graphs.engine.plugins.moe import NAMESPACE
 from corral.graphs.engine.profiles import Profile
 from corral.graphs.engine.schedule import Kernel, Operand, Schedule, read_schedules, weight_bytes
 from corral.graphs.engine.worker import Built, EngineJob
-from corral.spec.errors import CheckFailed, EnvironmentProblem
+from corral.spec.errors import CheckFailed, EnvironmentProblem, InputError
 from corral.spec.machine import usable_memory
-from corral.spec.tensorrt_flavors import FLAVORS
+from corral.spec.tensorrt_flavors import FLAVORS, Flavor
 from corral.spec.user_cache import user_cache
 
 PARTIAL = ".partial"
@@ -56,15 +58,28 @@ class Engine:
     expected_bytes: int  # of the weights' bits
 
 
+@dataclasses.dataclass(frozen=True)
+class GraphFacts:
+    """What a build must know of its graph."""
+
+    inputs: dict[str, tuple[int | str, ...]]  # with their shapes
+    stored: Counter[str]  # bytes of weights by ONNX type
+    fp8_products: tuple[str, ...]
+    plugins: tuple[str, ...]  # called
+
+
 def build_engine(graph: Path, name: str, settings: EngineSettings) -> Engine:
     """Build the engine `name` of an ONNX file, beside it.
 
-    Raises CheckFailed where the builder refuses the graph or stores a quantized weight as float, EnvironmentProblem
-    where memory does not suffice or the builder is killed.
+    Raises InputError where the graph calls plugins and the module takes none, CheckFailed where the builder refuses the
+    graph or stores a quantized weight as float, EnvironmentProblem where memory does not suffice, the builder is killed
+    or what compiles plugins is missing.
     """
     flavor = FLAVORS[settings.module]
-    inputs, stored, products = _read_graph(graph)
-    expected = sum(stored.values())
+    facts = _read_graph(graph)
+    if facts.plugins:
+        _check_plugins(graph, flavor, facts.plugins)
+    expected = sum(facts.stored.values())
     _check_memory(graph, expected)
     out, partial = graph.with_name(name), graph.with_name(name + PARTIAL)
     job = EngineJob(
@@ -73,28 +88,33 @@ def build_engine(graph: Path, name: str, settings: EngineSettings) -> Engine:
         out=partial.name,
         capabilities=settings.capabilities,
         profiles=tuple(
-            {name: profile.shapes(shape) for name, shape in inputs.items() if any(isinstance(d, str) for d in shape)}
+            {
+                name: profile.shapes(shape)
+                for name, shape in facts.inputs.items()
+                if any(isinstance(d, str) for d in shape)
+            }
             for profile in settings.profiles
         ),
         weight_streaming=settings.weight_streaming,
         timing_cache=str(user_cache() / "timing" / flavor.module) if flavor.timing_cache else "",
+        plugins=f"compute_{settings.capabilities[0].replace('.', '')}" if facts.plugins else "",
     )
     try:
         built = _run(job, graph.parent)
         text = flavor.text_schedule
         schedules = tuple(read_schedules(partial)) if text else ()
         found = weight_bytes(partial) if text else partial.stat().st_size
-        _check_weights(out, schedules, stored, found, expected, len(settings.profiles))
+        _check_weights(out, schedules, facts.stored, found, expected, len(settings.profiles))
         for schedule in schedules:
-            check_fp8_products(out, schedule, products)
+            check_fp8_products(out, schedule, facts.fp8_products)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
     return Engine(path=out, built=built, schedules=schedules, weight_bytes=found, expected_bytes=expected)
 
 
-def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[str], tuple[str, ...]]:
-    """The inputs with their shapes, bytes of weights by ONNX type, and the products of FP8. Reads no weight."""
+def _read_graph(path: Path) -> GraphFacts:
+    """Reads no weight."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -105,7 +125,18 @@ def _read_graph(path: Path) -> tuple[dict[str, tuple[int | str, ...]], Counter[s
     for tensor in graph.initializer:
         length = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
         stored[onnx.TensorProto.DataType.Name(tensor.data_type)] += length
-    return inputs, stored, fp8_products(graph)
+    plugins = dict.fromkeys(node.op_type for node in graph.node if node.domain == NAMESPACE)
+    return GraphFacts(inputs, stored, fp8_products(graph), tuple(plugins))
+
+
+def _check_plugins(graph: Path, flavor: Flavor, plugins: Sequence[str]) -> None:
+    if not flavor.plugins:
+        raise InputError(
+            f"{graph} calls corral's own kernels ({', '.join(plugins)}), and {flavor.module} takes no kernels of others. "
+            "Compile the checkpoint with --target tensorrt-rtx; or for target tensorrt with --expert-tiles 1, which does "
+            "without them."
+        )
+    nvrtc_version()  # says what to install where plugins cannot be compiled
 
 
 def _check_memory(graph: Path, expected: int) -> None:

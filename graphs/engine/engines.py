@@ -21,8 +21,12 @@ from corral.spec.recipe import Recipe
 from corral.spec.target import TARGETS, target_named
 
 
-def build_engines(directory: str | Path, *, gpu: str = "", fresh: bool = False, progress: Progress = silent) -> Bundle:
+def build_engines(
+    directory: str | Path, *, gpu: str = "", target: str = "", fresh: bool = False, progress: Progress = silent
+) -> Bundle:
     """Build the engines of a bundle for `gpu` (as in a recipe; empty: the recipe's own) and list them in its manifest.
+
+    `target`: whose module builds them, where that is not the recipe's: a graph without plugins is the same for all.
 
     One engine a graph serves all the compute capabilities named together. One that is there, built of the same graph
     and weights by the same version, is kept (with `fresh` built again), so that a call that was killed goes on; those
@@ -31,12 +35,12 @@ def build_engines(directory: str | Path, *, gpu: str = "", fresh: bool = False, 
     manifest is then as it was, and stages that were built before are kept for the next call.
     """
     bundle = open_bundle(directory, progress=progress)
-    recipe = _recipe(bundle, gpu)
-    target = target_named(recipe.target)
-    assert target.engine is not None
-    check_installed(target.engine)
+    recipe = _recipe(bundle, gpu, target)
+    module = target_named(recipe.target).engine
+    assert module is not None
+    check_installed(module)
     settings = EngineSettings(
-        module=target.engine,
+        module=module,
         capabilities=recipe.capabilities,
         profiles=profiles_for(recipe, bundle.manifest.kv),
         weight_streaming=recipe.weight_streaming,
@@ -56,10 +60,12 @@ def waiting_for_engines(directory: Path, recipe: Recipe) -> Bundle | None:
     return Bundle(directory, manifest) if mine else None
 
 
-def _recipe(bundle: Bundle, gpu: str) -> Recipe:
+def _recipe(bundle: Bundle, gpu: str, target: str) -> Recipe:
     manifest = bundle.manifest
+    able = " or ".join(name for name, other in TARGETS.items() if other.engine)
+    if target and not target_named(target).engine:
+        raise InputError(f"target {target} has no engines to build; expected {able}.")
     if not target_named(manifest.recipe.target).engine:
-        able = " or ".join(name for name, target in TARGETS.items() if target.engine)
         raise InputError(
             f"{bundle.directory} is for target {manifest.recipe.target}, which has no engines. "
             f"Compile the checkpoint with --target {able}."
@@ -68,7 +74,8 @@ def _recipe(bundle: Bundle, gpu: str) -> Recipe:
         raise InputError(
             f'{bundle.directory} is at stage "{manifest.stage}", expected "lowered". Run `corral lower` on it first.'
         )
-    recipe = dataclasses.replace(manifest.recipe, gpu=gpu or manifest.recipe.gpu)
+    recipe = manifest.recipe
+    recipe = dataclasses.replace(recipe, gpu=gpu or recipe.gpu, target=target or recipe.target)
     if not recipe.capabilities:
         raise InputError(
             f"{bundle.directory} does not say which GPU to build for. Add --gpu, for example --gpu rtx4090 or --gpu 8.9."
@@ -111,6 +118,7 @@ def _listed(bundle: Bundle, recipe: Recipe, engines: list[EngineRecord], files: 
         manifest,
         stage="ready",
         recipe=dataclasses.replace(recipe, gpu=",".join(gpus)),
+        requires=recipe.requires,
         engines=(*kept, *engines),
         files=(*(record for record in manifest.files if record.path not in new), *files),
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from corral.graphs.engine.mapped_weights import MappedWeights
+from corral.graphs.engine.plugins.moe import register_plugins
 from corral.graphs.engine.tensorrt_module import TensorRT, load_tensorrt
 from corral.graphs.engine.timing_cache import keep_timing_cache, read_timing_cache
 
@@ -35,6 +36,7 @@ class EngineJob:
     profiles: tuple[Shapes, ...]
     weight_streaming: bool = False
     timing_cache: str = ""  # a file, for a module that keeps one
+    plugins: str = ""  # where the graph calls corral's: what they are compiled for, as in "compute_90"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,8 @@ def _build(tensorrt: TensorRT, job: EngineJob) -> Built:
             if severity in (self.Severity.ERROR, self.Severity.INTERNAL_ERROR) and "catchCudaError" not in message:
                 words.append(message)
 
+    if job.plugins:
+        register_plugins(trt, job.plugins)
     builder = trt.Builder(Log())
     builder.max_threads = 1  # with more, their order decides on bytes
     network = builder.create_network(0)

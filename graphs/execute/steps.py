@@ -49,6 +49,11 @@ def _cast(array: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
     return stored
 
 
+def take(array: NDArray[np.generic], *, axis: int, start: int, stop: int) -> NDArray[np.generic]:
+    """Part of what was quantized as a whole: rows (axis 0) or columns (axis 1) from `start` to `stop`."""
+    return array[start:stop] if axis == 0 else array[:, start:stop]
+
+
 def as_published(stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int) -> Mapping[str, NDArray[Any]]:
     """Codes and scales as the checkpoint has them, in the form that quantizers give: unsigned codes of `bits`, uint8
     [outputs, inputs], and float32 scales [outputs, inputs / group_size]."""
@@ -71,6 +76,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "gains": gains,
     "input_scale": input_scale,
     "as_published": as_published,
+    "take": take,
     "pack_rows": pack_rows,
     "pack_signed_rows": pack_signed_rows,
     "pack_columns": pack_columns,

@@ -35,15 +35,16 @@ def gptq(
 ) -> dict[str, NDArray[Any]]:
     """Quantize [outputs, inputs] as `rtn_mse` does, for least error of the product with the inputs that were seen.
 
-    `statistics`: "hessian" float32 [inputs, inputs], X^T X of them, and "tokens", how many they were. Fewer than
-    `min_tokens` say too little: the result is then `rtn_mse`'s. One thread, so that it is the same bytes wherever it runs.
+    `statistics`: "tokens", how many inputs they were, and float32 "hessian" [inputs, inputs], X^T X of them, or "rows"
+    [tokens, inputs], X itself. Fewer than `min_tokens` say too little: the result is then `rtn_mse`'s. One thread, so that
+    it is the same bytes wherever it runs.
     """
     if statistics["tokens"].item() < min_tokens:
         return rtn_mse(weight, bits=bits, group_size=group_size)
-    hessian = statistics["hessian"]
-    importance = hessian.diagonal() + _damping(hessian)
-    scales = search_scales(weight, bits=bits, group_size=group_size, importance=importance)
     with _one_thread():
+        hessian = _hessian(statistics)
+        importance = hessian.diagonal() + _damping(hessian)
+        scales = search_scales(weight, bits=bits, group_size=group_size, importance=importance)
         codes = _round(weight, scales, hessian, bits=bits, act_order=act_order)
     return {"codes": codes, "scales": scales}
 
@@ -77,6 +78,13 @@ def _round(
             codes[order[j]] = (code + zero_point).to(torch.uint8).numpy()
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return np.ascontiguousarray(codes.T)
+
+
+def _hessian(statistics: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    if "hessian" in statistics:
+        return statistics["hessian"]
+    rows = torch.from_numpy(statistics["rows"])
+    return (rows.T @ rows).numpy()
 
 
 def _damping(hessian: NDArray[np.float32]) -> float:

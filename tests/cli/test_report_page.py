@@ -24,6 +24,7 @@ from corral.validate.latency import Latency
 from corral.validate.layers import ExpertFidelity, Fidelity, LayerByLayer, LayerFidelity
 from corral.validate.report import CandidateResult, Measured, ReferenceResult, Report
 from corral.validate.statistics import Distribution, Estimate, Quantiles, Spread
+from corral.validate.tasks import TaskScore
 
 pytest.importorskip("vl_convert", reason="needs the extra report")
 
@@ -118,10 +119,14 @@ def test_nothing_is_fetched(made: Made, parsed: Parsed) -> None:
 def test_a_hostile_name_stays_a_name(parsed: Parsed) -> None:
     from corral.cli.report_page import RecipeView, report_page
 
-    report = made_up(HOSTILE, layers=2, experts=4)
+    score = TaskScore(
+        build=HOSTILE, task=HOSTILE, metric="acc,none", value=0.5, stderr=None, documents=2, published=0.743
+    )
+    report = dataclasses.replace(made_up(HOSTILE, layers=2, experts=4), tasks=(score,))
     recipe = RecipeView(name=HOSTILE, toml=HOSTILE, command=HOSTILE, source=HOSTILE, corral="1")
     found = parsed(report_page(report, [recipe], HOSTILE, CheckFailed(HOSTILE)))
-    assert found.text.count(HOSTILE) >= 8
+    assert found.text.count(HOSTILE) >= 10
+    assert "74.3 %" in found.text and "MTOB" in found.text  # published, and not measured here
     assert (found.count("img"), found.count("script")) == (0, 3)
     assert json.loads(found.data["report"])["candidates"][0]["name"] == HOSTILE
 

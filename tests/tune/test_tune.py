@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from corral.exporter.export import Exported, export
 from corral.graphs import compile
 from corral.graphs.bundle_size import bundle_bytes
 from corral.graphs.calibrate.gather import gather
 from corral.graphs.calibrate.statistics import statistics_of
 from corral.graphs.compiler import lower
-from corral.model.checkpoint import open_checkpoint
+from corral.model.checkpoint import Checkpoint, open_checkpoint
 from corral.spec.bundle import open_bundle
 from corral.spec.errors import InputError
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
-from corral.tune import select as select_module
+from corral.tune import sizes as sizes_module
 from corral.tune.choice import Choice
 from corral.tune.parts import Part, parts_of
+from corral.tune.recipe_file import as_recipe
 from corral.tune.select import Limit, select
 from corral.tune.sensitivity import Meter
 from corral.tune.sizes import Sizes
@@ -76,6 +78,24 @@ def test_sizes_are_known_to_the_byte(tiny_checkpoint: TinyCheckpoint, tmp_path: 
     assert bundle_bytes(lower(checkpoint, recipe), checkpoint) == bundle.manifest.bytes
 
 
+def test_choices_share_one_captured_graph(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One choice after another is lowered from the same graph, and none finds what another left there."""
+    checkpoint = open_checkpoint(tiny_checkpoint("two_layers"))
+    parts = parts_of(checkpoint.config, checkpoint.names)
+    int4, int8 = (dict.fromkeys(parts, dataclasses.replace(INT4, weights=weights)) for weights in ("int4", "int8"))
+    captures = []
+
+    def count(one: Checkpoint) -> Exported:
+        captures.append(one)
+        return export(one)
+
+    monkeypatch.setattr(sizes_module, "export", count)
+    sizes = Sizes(checkpoint, FEW)
+    small, large, again = (sizes.bundle(chosen) for chosen in (int4, int8, int4))
+    assert len(captures) == 1
+    assert small == again < large == bundle_bytes(lower(checkpoint, as_recipe(FEW, int8)), checkpoint)
+
+
 @pytest.fixture(scope="module")
 def generous(tiny_checkpoint: TinyCheckpoint) -> Tuned:
     return tune(tiny_checkpoint("two_layers"), Budget(what="size", limit=1e9), FEW, tokens=512)
@@ -93,7 +113,6 @@ def test_with_room_for_all_nothing_is_lost(generous: Tuned) -> None:
 
 
 def test_a_size_is_kept_and_used(
-    monkeypatch: pytest.MonkeyPatch,
     tiny_checkpoint: TinyCheckpoint,
     tiny_bundle: TinyBundle,
     generous: Tuned,
@@ -101,7 +120,6 @@ def test_a_size_is_kept_and_used(
 ) -> None:
     """Of the size of an int4 bundle: what a smaller embedding leaves goes to other parts."""
     limit = open_bundle(tiny_bundle("two_layers", "cpu", "int4")).manifest.bytes
-    monkeypatch.setattr(select_module, "ROUNDS", 2)  # each lowers the model
     tuned = tune(tiny_checkpoint("two_layers"), Budget(what="size", limit=limit), FEW, tokens=512)
     bundle = compile(tiny_checkpoint("two_layers"), tmp_path / "bundle", tuned.recipe, jobs=1)
     assert 0.9 * limit < bundle.manifest.bytes == tuned.bytes <= limit

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from corral.cli.main import main
 from corral.spec.errors import InputError
 from corral.spec.manifest import FileRecord, Manifest, read_manifest
 from corral.spec.weight_plan import ITEM_BITS, WeightPlan
@@ -122,6 +124,20 @@ def test_a_bundle_can_be_the_reference(tiny_bundle: TinyBundle) -> None:
     insides = judged(bundle, bundle).insides
     assert insides is not None
     assert {part.signal_to_noise for layer in insides.layers for part in (layer.attention, layer.after)} == {np.inf}
+
+
+def test_the_command_names_what_is_broken_and_exits_1(
+    tiny_checkpoint: TinyCheckpoint, broken: Broken, tmp_path: Path
+) -> None:
+    broken.change("layers.1.feed_forward.experts.down_proj.scales", lambda scales: 2 * scales)
+    (tmp_path / "ids.json").write_text(json.dumps(IDS))
+    command = ["validate", tiny_checkpoint("scout"), broken.directory, "--token-ids", tmp_path / "ids.json"]
+    options = ["--window", "50", "--repeats", "1", "--inside", "--json"]
+    result = CliRunner().invoke(main, [*map(str, command), *options])
+    assert result.exit_code == 1, result.output
+    [candidate] = json.loads(result.stdout)["candidates"]
+    assert candidate["verdict"]["layer"] == 1
+    assert f"{broken.directory.name} is broken in layer 1" in result.stderr
 
 
 def test_an_expert_that_is_zeroed_is_named(tiny_checkpoint: TinyCheckpoint, broken: Broken) -> None:

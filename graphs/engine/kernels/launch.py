@@ -162,12 +162,15 @@ REFUSALS: tuple[tuple[Callable[[MoeShape], bool], str], ...] = (
 )
 
 
+def refusal(shape: MoeShape) -> str:
+    """Why the kernels cannot do a shape; empty where they can."""
+    return next((words.format_map(vars(shape)) for is_so, words in REFUSALS if is_so(shape)), "")
+
+
 def check(shape: MoeShape) -> None:
     """Raises InputError where the kernels cannot do a shape."""
-    for is_so, words in REFUSALS:
-        if is_so(shape):
-            reason = words.format_map(vars(shape))
-            raise InputError(f"corral's mixture-of-experts kernels cannot do this model: {reason}. Use another target.")
+    if reason := refusal(shape):
+        raise InputError(f"corral's mixture-of-experts kernels cannot do this model: {reason}. Use another target.")
 
 
 def max_tiles(visits: Any, experts: int, tile_tokens: int, least: Callable[[Any, int], Any] = min) -> Any:
@@ -191,7 +194,7 @@ def buffers(shape: MoeShape, tokens: Any) -> dict[str, tuple[str, tuple[Any, ...
     """
     visits = tokens * shape.top_k
     table: dict[str, tuple[str, tuple[Any, ...]]] = {
-        "logits": ("float16", (tokens, shape.experts)),
+        "logits": ("float32", (tokens, shape.experts)),
         "x": ("float16", (tokens, shape.hidden)),
         "expert": ("int32", (visits,)),
         "visit": ("int32", (visits,)),

@@ -1,6 +1,7 @@
 // Route: which experts each token visits, and the visits put in order of the expert visited.
 //
-// A visit v = token * top_k + choice. In: router logits [tokens, experts] fp16. Out:
+// A visit v = token * top_k + choice. In: router logits [tokens, experts] fp32: rounded
+// to fp16, two may be equal that were not, and another expert run. Out:
 //   expert [visits]      which expert visit v goes to
 //   visit  [visits]      visits sorted by expert; visits of one expert keep their order
 //   gate   [visits]      sigmoid(logit), in that sorted order
@@ -15,17 +16,16 @@ constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int kMaxExperts = 1024;
 
 // The best expert after `previous` (of value `bound`) in the order: larger value first, then lower number.
-__device__ int next_best(const uint4* row, int experts, int previous, float& bound) {
+__device__ int next_best(const float4* row, int experts, int previous, float& bound) {
   int best = -1;
   float best_value = 0.0f;
-  for (int chunk = 0; chunk < experts / 8; ++chunk) {
-    const uint4 eight = row[chunk];
-    const __half2* pairs = reinterpret_cast<const __half2*>(&eight);
+  for (int chunk = 0; chunk < experts / 4; ++chunk) {
+    const float4 four = row[chunk];
+    const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float logit = i % 2 ? __high2float(pairs[i / 2]) : __low2float(pairs[i / 2]);
-      const float value = logit == logit ? logit : __int_as_float(0x7f800000);
-      const int e = chunk * 8 + i;
+    for (int i = 0; i < 4; ++i) {
+      const float value = logits[i] == logits[i] ? logits[i] : __int_as_float(0x7f800000);
+      const int e = chunk * 4 + i;
       const bool eligible = previous < 0 || value < bound || (value == bound && e > previous);
       if (eligible && (best < 0 || value > best_value)) {
         best = e;
@@ -38,14 +38,14 @@ __device__ int next_best(const uint4* row, int experts, int previous, float& bou
 }
 
 extern "C" __global__ void __launch_bounds__(kRouteThreads)
-    moe_route(const __half* __restrict__ logits, int tokens, int experts, int top_k, int* __restrict__ expert,
+    moe_route(const float* __restrict__ logits, int tokens, int experts, int top_k, int* __restrict__ expert,
               int* __restrict__ visit, float* __restrict__ gate, int* __restrict__ offset) {
   __shared__ int count[kMaxExperts];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int visits = tokens * top_k;
 
   for (int token = threadIdx.x; token < tokens; token += kRouteThreads) {
-    const uint4* row = reinterpret_cast<const uint4*>(logits + (size_t)token * experts);
+    const float4* row = reinterpret_cast<const float4*>(logits + (size_t)token * experts);
     int chosen = -1;
     float bound = 0.0f;
     for (int k = 0; k < top_k; ++k) {
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(kRouteThreads)
       const unsigned all = __ballot_sync(kWholeWarp, here);
       if (here) {
         const int p = position + __popc(all & ((1u << lane) - 1));
-        const float logit = __half2float(logits[(size_t)(v / top_k) * experts + e]);
+        const float logit = logits[(size_t)(v / top_k) * experts + e];
         visit[p] = v;
         gate[p] = __fdividef(1.0f, 1.0f + __expf(-logit));
       }

@@ -6,7 +6,8 @@
 
 One plugin per kernel and weight format (`_int4`, `_fp8`, `_fp16`; the last has no scales), each with two tactics, which
 TensorRT times: decode's tiling and prefill's. Tensors are matrices [tokens, …]; codes are passed as int8, byte for byte.
-With more than one expert a token, y has a row a visit, and the graph sums them.
+With more than one expert a token, y has a row a visit, and the graph sums them. `graphs/lower/tensorrt/plugin_moe.py`
+writes such nodes.
 
 NOT EXECUTED: TensorRT proper needs a GPU to build. The declarations are checked against the Python sources of its 11.4
 bindings (`tensorrt.plugin`), the kernels as docs/kernels.md says.

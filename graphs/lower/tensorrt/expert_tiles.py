@@ -1,7 +1,9 @@
 """Experts' matrices [E, H, 2 I] and [E, I, H] -> tiles of I / n of the inner columns, each a weight of its own.
 
 A tile of gate_up holds the gate's columns and then the up projection's. Slices of one weight would not do: a builder
-then dequantizes the whole once, for all of them. The numbers are the same: groups of inputs stay whole.
+then dequantizes the whole once, for all of them. The numbers are the same. What is quantized by groups of inputs is cut
+before, so that a job reads a tile. What is quantized as a whole (gptq and awq; the inputs of FP8, whose outputs have one
+scale each) is cut after: the tiles of an expert are one job.
 """
 
 from __future__ import annotations
@@ -9,13 +11,15 @@ from __future__ import annotations
 import dataclasses
 
 import onnx_ir as ir
+from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
-from corral.graphs.model_and_plan import ModelAndPlan
-from corral.graphs.quantize.quantized_weight import find_quantized
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.quantize.fp8_weight import Fp8Weight, find_fp8, write_fp8
+from corral.graphs.quantize.quantized_weight import QuantizedWeight, find_quantized
 from corral.spec.errors import InputError
 from corral.spec.expert_tiles import chosen_tiles
-from corral.spec.weight_plan import Entry, Source
+from corral.spec.weight_plan import Entry, Source, step
 
 Tile = tuple[ir.Value, ir.Value]  # gate_up, down
 
@@ -23,11 +27,11 @@ Tile = tuple[ir.Value, ir.Value]  # gate_up, down
 def cut_experts(work: ModelAndPlan, node: ir.Node) -> list[Tile]:
     """The matrices of a corral::MoE in as many tiles as the recipe says, or where that is open as its GPU's cache wants.
 
-    Raises InputError where the recipe's tiles do not hold whole groups of inputs, or the matrices cannot be cut.
+    Raises InputError where the recipe's tiles do not hold whole groups of inputs.
     """
     gate_up, down = node.inputs[2:4]
     assert gate_up is not None and down is not None
-    tiles = _tiles(work, gate_up, down)
+    tiles = _tiles(work, down)
     if tiles == 1:
         return [(gate_up, down)]
     return list(
@@ -35,18 +39,15 @@ def cut_experts(work: ModelAndPlan, node: ir.Node) -> list[Tile]:
     )
 
 
-def _tiles(work: ModelAndPlan, gate_up: ir.Value, down: ir.Value) -> int:
+def _tiles(work: ModelAndPlan, down: ir.Value) -> int:
     config, tiles = work.config, work.recipe.expert_tiles
-    entries = [_divisible(work, weight) for weight in (gate_up, down)]
-    if tiles == 1 or not (tiles or all(entries)):
+    if tiles == 1:
         return 1
-    if None in entries:
-        raise InputError(
-            f"expert_tiles is {tiles}, but these experts cannot be cut: FP8 has one scale for all of an output's inputs, "
-            "and gptq quantizes a matrix as a whole. Use --expert-tiles 1, or other --weights or --method."
-        )
-    assert entries[1] is not None
-    stored = work.recipe.of(entries[1].weight)
+    quantized, fp8 = find_quantized(work, down), find_fp8(work, down)
+    entry = quantized.codes if quantized else fp8.codes if fp8 else work.entry_of(down)
+    if entry is None:  # not planned: there is nothing to store otherwise
+        return 1
+    stored = work.recipe.of(entry.weight)
     if not tiles:
         return chosen_tiles(config, weights=stored.weights, group_size=stored.group_size, gpu=work.recipe.gpu)
     if config.intermediate_size % (tiles * stored.group_size):
@@ -57,53 +58,90 @@ def _tiles(work: ModelAndPlan, gate_up: ir.Value, down: ir.Value) -> int:
     return tiles
 
 
-def _divisible(work: ModelAndPlan, weight: ir.Value) -> Entry | None:
-    """The entry of a weight that is stored as it is, or quantized by groups of inputs; None for any other."""
-    quantized = find_quantized(work, weight)
-    if quantized is not None:
-        return quantized.codes if quantized.codes.cut == "columns" else None
-    return work.entry_of(weight)
-
-
 def _cut(work: ModelAndPlan, node: ir.Node, weight: ir.Value, tiles: int, *, rows: bool) -> list[ir.Value]:
     """One weight in tiles of its outputs (`rows` of its sources), or of its inputs."""
-    quantized, entry = find_quantized(work, weight), work.entry_of(weight)
-    if quantized is None:
-        assert entry is not None
-        return work.replace_weight(entry, *(_tile(entry, i, tiles, rows) for i in range(tiles)))
-    for i in range(2):
-        quantized.dequantize.replace_input_with(i, None)
-    parts = [
-        work.replace_weight(stored, *(_tile(stored, i, tiles, rows) for i in range(tiles)))
-        for stored in (quantized.codes, quantized.scales)
-    ]
-    scope, how = quantized.dequantize.metadata_props[SCOPE], {"axis": 1, "block_size": quantized.group_size}
-    dequantized = [
-        ir.node("DequantizeLinear", pair, how, metadata_props={SCOPE: f"{scope}.{i}"})
+    quantized, fp8, entry = find_quantized(work, weight), find_fp8(work, weight), work.entry_of(weight)
+    build = tape.Tape()
+    if quantized is not None:
+        values = _cut_quantized(build, work, quantized, tiles, rows)
+    elif fp8 is not None:
+        values = _cut_fp8(build, work, fp8, tiles, rows)
+    elif entry is not None:
+        values = work.replace_weight(entry, *_parts(entry, tiles, rows, axis=2 if rows else 1))
+    else:
+        raise PatternAbsent(f"the experts' {weight.name} is no planned weight")
+    work.graph.insert_before(node, build.nodes)
+    return values
+
+
+def _cut_quantized(
+    build: tape.Tape, work: ModelAndPlan, weight: QuantizedWeight, tiles: int, rows: bool
+) -> list[ir.Value]:
+    scope, how = weight.dequantize.metadata_props[SCOPE], {"axis": 1, "block_size": weight.group_size}
+    parts = []
+    for stored in (weight.codes, weight.scales):
+        work.unlink(stored)
+        parts.append(work.replace_weight(stored, *_parts(stored, tiles, rows, axis=2 if rows else 1)))
+    return [
+        _scoped(build, f"{scope}.{i}", build.op("DequantizeLinear", pair, how))
         for i, pair in enumerate(zip(*parts, strict=True))
     ]
-    work.graph.insert_before(node, dequantized)
-    return [tile.outputs[0] for tile in dequantized]
 
 
-def _tile(entry: Entry, i: int, tiles: int, rows: bool) -> Entry:
-    experts, inputs, outputs = entry.shape
-    return dataclasses.replace(
-        entry,
-        name=f"{entry.name}.{i}",
-        shape=(experts, inputs, outputs // tiles) if rows else (experts, inputs // tiles, outputs),
-        pieces=tuple((_rows if rows else _columns)(piece, i, tiles) for piece in entry.pieces),
-        parameters=0 if i else entry.parameters,  # counted once
-    )
+def _cut_fp8(build: tape.Tape, work: ModelAndPlan, weight: Fp8Weight, tiles: int, rows: bool) -> list[ir.Value]:
+    """Gains are an output's: tiles of outputs have their own, tiles of inputs share them."""
+    work.unlink(weight.codes)
+    codes = work.replace_weight(weight.codes, *_parts(weight.codes, tiles, rows, axis=1 if rows else 2))
+    gains = [weight.gain] * tiles
+    if rows:
+        work.unlink(weight.gains)
+        gains = work.replace_weight(weight.gains, *_parts(weight.gains, tiles, rows, axis=2))
+    return [
+        _scoped(build, f"{weight.codes.weight}.{i}", write_fp8(build, work, *pair))
+        for i, pair in enumerate(zip(codes, gains, strict=True))
+    ]
 
 
-def _rows(piece: Source, i: int, tiles: int) -> Source:
+def _scoped(build: tape.Tape, scope: str, value: ir.Value) -> ir.Value:
+    """Say of what was just built where it belongs."""
+    for node in build.nodes:
+        node.metadata_props.setdefault(SCOPE, scope)
+    return value
+
+
+def _parts(entry: Entry, tiles: int, rows: bool, axis: int) -> list[Entry]:
+    """An entry in tiles of outputs (`rows`) or inputs, which lie along `axis` of what is stored."""
+    size = entry.shape[axis] // tiles
+    shape = (*entry.shape[:axis], size, *entry.shape[axis + 1 :])
+    in_source = entry.cut == "columns" or (rows and entry.cut == "rows")
+    made = []
+    for i in range(tiles):
+        taken = step("take", axis=0 if rows else 1, start=i * size, stop=(i + 1) * size)
+        pieces = tuple((_rows if rows else _columns)(piece, i, tiles, in_source) for piece in entry.pieces)
+        made.append(
+            dataclasses.replace(
+                entry,
+                name=f"{entry.name}.{i}",
+                shape=shape,
+                pieces=pieces,
+                steps=entry.steps if in_source else (*entry.steps[:-1], taken, entry.steps[-1]),
+                parameters=0 if i else entry.parameters,  # counted once
+                cut_multiple=size if rows and entry.cut == "rows" else entry.cut_multiple,
+            )
+        )
+    return made
+
+
+def _rows(piece: Source, i: int, tiles: int, in_source: bool) -> Source:
     """Of gate and up alike: with runs of a tile's half, whole tiles lie behind each other."""
     outputs = (piece.rows[1] - piece.rows[0]) // tiles
-    return dataclasses.replace(piece, rows=(i * outputs, (i + 1) * outputs), interleave=outputs // 2)
+    cut = (i * outputs, (i + 1) * outputs) if in_source else piece.rows
+    return dataclasses.replace(piece, rows=cut, interleave=outputs // 2)
 
 
-def _columns(piece: Source, i: int, tiles: int) -> Source:
+def _columns(piece: Source, i: int, tiles: int, in_source: bool) -> Source:
+    if not in_source:
+        return piece
     assert piece.columns is not None
     start, stop = piece.columns
     inputs = (stop - start) // tiles

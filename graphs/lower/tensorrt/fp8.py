@@ -54,15 +54,21 @@ def fp8_product(
 
 
 def _input_scale(work: ModelAndPlan, codes: Entry) -> ir.Value:
-    """Into the plan, behind the codes: one number, which follows from the statistics and not from the row that is read."""
+    """Into the plan, behind the codes: one number, which follows from the statistics and not from the row that is read.
+
+    One for all that reads the same: the tiles of a matrix share theirs.
+    """
+    name = f"{input_site(codes.weight.partition('+')[0])}.input_scale"
+    if name in work.plan.entries:
+        return work.graph.initializers[name]
     first = codes.pieces[0]
     start, _ = first.rows
     entry = dataclasses.replace(
         codes,
-        name=f"{input_site(codes.weight.partition('+')[0])}.input_scale",
+        name=name,
         dtype="float32",
         shape=(),
-        pieces=(dataclasses.replace(first, rows=(start, start + 1)),),
+        pieces=(dataclasses.replace(first, rows=(start, start + 1), interleave=0),),
         steps=(step("input_scale", statistics=work.statistics), step("rows", dtype="float32")),
         parameters=0,
         cut=None,

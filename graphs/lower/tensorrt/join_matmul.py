@@ -1,16 +1,21 @@
-"""MatMul of one value by q, k and v (or gate and up) -> one MatMul and a Split: the builder stores each weight once.
+"""Products by matrices of one value, as a builder stores each matrix once for all profiles.
 
-    MatMul(x, W_q), MatMul(x, W_k), MatMul(x, W_v)  ->  Split(MatMul(x, Transpose(W_qkv)))
+    MatMul(x, W_q), MatMul(x, W_k), MatMul(x, W_v)  ->  Split(Reshape(MatMul(x, Transpose(W_qkv))), axis=-2)
 
-In a prefill the builder joins such products by itself, in a decode step it does not, and an engine of both profiles then
-held the matrices twice. The joined matrix is stored [outputs, inputs], rows after rows, because that is how pieces of
-several tensors become one; the builder folds the Transpose. FP8 is stored so in any case, and what it multiplies with is
-then rounded once for all.
+q, k and v are joined, and so are gate and up: in a prefill the builder does so by itself, in a decode step it does not, and
+an engine of both profiles then held the matrices twice. The Split is of equal columns behind a Reshape: one of the last axis
+is moved before a prefill's product, and what the builder then joins again is another matrix to it.
+
+The joined matrix is stored [outputs, inputs], rows after rows, because that is how pieces of several tensors become one; the
+builder folds the Transpose. FP8 is stored so in any case, and what it multiplies with is then rounded once for all. So is
+every other matrix in 16 bits: of the head, which is multiplied by few rows in every profile, the builder otherwise stored
+both orders.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,24 +25,34 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan
 from corral.graphs.quantize.fp8_weight import find_fp8, write_fp8
+from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.quantized_weight import find_quantized
 from corral.spec.weight_plan import Entry, Step
 
 # Storage [inputs, outputs] -> [outputs, inputs] of the same numbers.
-BY_OUTPUT = {"pack_columns": "pack_signed_rows", "columns": "rows"}
+FLOAT = "columns"
+BY_OUTPUT = {"pack_columns": "pack_signed_rows", FLOAT: "rows"}
 
 
 def join_matmul(work: ModelAndPlan) -> bool:
-    """Join the projections of each module that read the same value and whose weights are computed alike."""
+    """Join the projections of each module that read the same value and whose weights are computed alike.
+
+    Matrices in 16 bits that have none to join are stored by outputs all the same.
+    """
     siblings: dict[tuple[str, ir.Value | None, tuple[Step, ...]], list[ir.Node]] = {}
     for node in work.nodes("MatMul"):
         weights = _weights(work, node)
         if weights:
             module = node.metadata_props[SCOPE].rpartition(".")[0]
             siblings.setdefault((module, node.inputs[0], weights[0].steps), []).append(node)
-    groups = [nodes for nodes in siblings.values() if len(nodes) > 1]
+    groups = [nodes for (*_, steps), nodes in siblings.items() if len(nodes) > 1 or steps[-1].name == FLOAT]
     for nodes in groups:
-        _join(work, nodes)
+        if len(nodes) > 1:
+            _join(work, nodes)
+        else:
+            build = tape.Tape()
+            nodes[0].replace_input_with(1, _by_output(build, work, nodes))
+            work.graph.insert_before(nodes[0], _scoped(build, nodes[0].metadata_props[SCOPE]))
     return bool(groups)
 
 
@@ -49,30 +64,50 @@ def _weights(work: ModelAndPlan, node: ir.Node) -> tuple[Entry, ...]:
     if fp8 is not None:
         return fp8.codes, fp8.gains
     entry = work.entry_of(node.inputs[1])
-    return (entry,) if entry is not None and entry.steps[-1].name in BY_OUTPUT else ()
+    narrow = entry is not None and kind_of(entry.weight).quantized  # a router stays in float32
+    return (entry,) if entry is not None and narrow and entry.steps[-1].name == FLOAT else ()
 
 
 def _join(work: ModelAndPlan, nodes: Sequence[ir.Node]) -> None:
-    stored = [_weights(work, node) for node in nodes]
-    quantized, fp8 = find_quantized(work, nodes[0].inputs[1]), find_fp8(work, nodes[0].inputs[1])
-    weights = [work.merge_weights(entries, _joined(entries)) for entries in zip(*stored, strict=True)]
+    sizes = [_outputs(_weights(work, node)[0]) for node in nodes]
     build = tape.Tape()
-    if fp8 is not None:
-        matrix = write_fp8(build, work, *weights)
-    else:
-        if quantized is not None:
-            weights = [build.op("DequantizeLinear", weights, {"axis": 1, "block_size": quantized.group_size})]
-        matrix = build.op("Transpose", weights, {"perm": [1, 0]})
-    product = build.op("MatMul", [nodes[0].inputs[0], matrix])
-    sizes = [_outputs(entries[0]) for entries in stored]
-    lengths = work.constant(ir.tensor(np.array(sizes), name="split_" + "_".join(map(str, sizes))))
-    parts = build.op_multi_out("Split", [product, lengths], {"axis": -1}, num_outputs=len(nodes))
-    for node in build.nodes:
-        node.metadata_props[SCOPE] = nodes[0].metadata_props[SCOPE].rpartition(".")[0]
-    for node, part in zip(nodes, parts, strict=True):
+    product = build.op("MatMul", [nodes[0].inputs[0], _by_output(build, work, nodes)])
+    for node, part in zip(nodes, _split(build, work, product, sizes), strict=True):
         node.outputs[0].replace_all_uses_with(part)
-    work.graph.insert_before(nodes[0], build.nodes)
+    work.graph.insert_before(nodes[0], _scoped(build, nodes[0].metadata_props[SCOPE].rpartition(".")[0]))
     work.graph.remove(nodes, safe=True)  # what made their matrices is cleaned up later
+
+
+def _by_output(build: tape.Tape, work: ModelAndPlan, nodes: Sequence[ir.Node]) -> ir.Value:
+    """The matrices of all nodes beside each other, [inputs, outputs], stored as one, [outputs, inputs]."""
+    quantized, fp8 = find_quantized(work, nodes[0].inputs[1]), find_fp8(work, nodes[0].inputs[1])
+    stored = zip(*(_weights(work, node) for node in nodes), strict=True)
+    weights = [work.merge_weights(entries, _joined(entries)) for entries in stored]
+    if fp8 is not None:
+        return write_fp8(build, work, *weights)
+    if quantized is not None:
+        weights = [build.op("DequantizeLinear", weights, {"axis": 1, "block_size": quantized.group_size})]
+    return build.op("Transpose", weights, {"perm": [1, 0]})
+
+
+def _scoped(build: tape.Tape, scope: str) -> Sequence[ir.Node]:
+    """What was built, as part of a module."""
+    for node in build.nodes:
+        node.metadata_props[SCOPE] = scope
+    return build.nodes
+
+
+def _split(build: tape.Tape, work: ModelAndPlan, product: ir.Value, sizes: list[int]) -> Sequence[ir.Value]:
+    """[B, S, sum of sizes] -> [B, S, size] each."""
+
+    def ints(*numbers: int) -> ir.Value:
+        return work.constant(ir.tensor(np.array(numbers), name="list_" + "_".join(map(str, numbers))))
+
+    columns = math.gcd(*sizes)
+    counts = [size // columns for size in sizes]
+    equal = build.op("Reshape", [product, ints(0, 0, sum(counts), columns)])
+    parts = build.op_multi_out("Split", [equal, ints(*counts)], {"axis": -2}, num_outputs=len(sizes))
+    return [build.op("Reshape", [part, ints(0, 0, size)]) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _joined(entries: Sequence[Entry]) -> Entry:

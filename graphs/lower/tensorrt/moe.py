@@ -29,6 +29,7 @@ from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
 from corral.graphs.lower.tensorrt.expert_tiles import Tile, cut_experts
 from corral.graphs.lower.tensorrt.fp8 import fp8_product
+from corral.graphs.lower.tensorrt.plugin_moe import plugins_cover
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.fp8_weight import find_fp8
 from corral.spec.expert_tiles import MAX_BLOCK
@@ -38,19 +39,20 @@ LOWEST = np.finfo(np.float32).min
 
 
 def lower_moe(work: ModelAndPlan) -> bool:
-    """Lower every MoE layer. Raises PatternAbsent unless there is one node per MoE layer."""
+    """Lower every MoE layer that plugins do not cover. Raises PatternAbsent unless there is one node per MoE layer."""
     nodes = list(work.nodes(NAME, DOMAIN))
     expected = sum(layer.moe for layer in work.config.layers)
     if len(nodes) != expected:
         raise PatternAbsent(f"lower_moe found {len(nodes)} corral::MoE, expected {expected}")
-    for node in nodes:
+    left = [node for node in nodes if not plugins_cover(work, node)]
+    for node in left:
         build = tape.Tape()
         blocks = _Blocks(build, work)
         y = blocks.routed(node)
         work.replace_node(node, build.nodes, [y])
         for total in blocks.totals:  # as residual sums, in float32
             total.metadata_props[SCOPE] = LAYER.findall(total.metadata_props[SCOPE])[0]
-    return bool(nodes)
+    return bool(left)
 
 
 class _Blocks:

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from corral.graphs.calibrate.calibrate import statistics_bytes
 from corral.graphs.calibrate.gather import gather
+from corral.graphs.calibrate.input_sums import InputSums
 from corral.graphs.calibrate.statistics import Statistics, input_site, statistics_of
 from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
@@ -66,7 +70,9 @@ def test_sums_are_those_of_the_whole_models_inputs(tiny_checkpoint: Checkpoint, 
         path = statistics.path(site, int(expert)) if expert.isdigit() else statistics.path(input_site(name))
         stored, want = load_file(path), (x.double().T @ x.double()).numpy()
         assert stored["tokens"].item() == len(x)
-        assert np.abs(stored["hessian"] - want).max() < 1e-5 * np.abs(want).max(), name
+        assert ("rows" in stored) == (len(x) <= x.shape[1] // 2), "what takes more room is kept"
+        hessian = stored["rows"].T @ stored["rows"] if "rows" in stored else stored["hessian"]
+        assert np.abs(hessian - want).max() < 1e-5 * np.abs(want).max(), name
         np.testing.assert_allclose(stored["magnitude"], x.abs().sum(0).numpy(), rtol=1e-4)
         np.testing.assert_allclose(stored["largest"], x.abs().amax(0).numpy(), rtol=1e-4, atol=1e-6)
     experts = [name for name in inputs if ".experts." in name]
@@ -78,6 +84,33 @@ def test_sums_are_those_of_the_whole_models_inputs(tiny_checkpoint: Checkpoint, 
     assert len(experts) > 20 or form == "guard", "hardly any expert was visited: this test sees nothing"
     assert not list(tmp_path.glob("hidden-*")), "hidden states were left behind"
     assert not list(tmp_path.glob("*.partial"))
+
+
+@given(st.lists(st.integers(0, 40), max_size=6))
+def test_few_inputs_are_kept_as_they_are_and_many_as_their_products(counts: list[int]) -> None:
+    x = torch.randn(sum(counts), 64, generator=torch.Generator().manual_seed(0))
+    sums = InputSums(64, "whole")
+    for part in x.split(counts):
+        sums.add(part)
+    stored = sums.arrays()
+    if len(x) <= 32:
+        np.testing.assert_array_equal(stored["rows"], x)
+    else:
+        np.testing.assert_allclose(stored["hessian"], x.T @ x, rtol=1e-4, atol=1e-4)
+    assert stored["tokens"].item() == len(x) and len(stored) == 4
+
+
+@pytest.mark.parametrize("form", ["scout", "maverick", "topk2"])
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_no_more_disk_is_used_than_is_asked_for(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, form: str, tokens: int
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(form))
+    ids = np.random.default_rng(4).integers(0, 256, (tokens // 64, 64))
+    gather(checkpoint, ids, statistics_of(checkpoint, tmp_path, "k"), products="whole")
+    used = sum(path.stat().st_size for path in tmp_path.iterdir())
+    overhead = 4096 * len(list(tmp_path.iterdir()))  # a header a file, and sums of single inputs
+    assert used - overhead < statistics_bytes(checkpoint.config, tokens, "whole") < 20 * used
 
 
 class KilledError(Exception):

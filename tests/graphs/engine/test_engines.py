@@ -68,7 +68,8 @@ def test_the_demo_builds_and_its_engine_is_as_large_as_its_weights_bits(
     assert manifest.engines[0].capabilities == Recipe(target="tensorrt-rtx", gpu=gpu).capabilities
     shards = sum(path.stat().st_size for path in bundle.glob("weights-*.bin"))
     assert about["expected_weight_bytes"] < shards  # the embedding is gathered outside
-    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.15
+    # Each weight once for both profiles; the rest are constants of the schedule, and what lies around any engine.
+    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.02
     assert [profile["name"] for profile in about["profiles"]] == ["decode", "prefill"]
     for profile in about["profiles"]:
         for kind, share in (("int4", 0.9), ("fp8_e4m3", 0.95)):
@@ -130,7 +131,8 @@ def test_fp8_is_multiplied_as_fp8_and_experts_are_gathered_as_such(built: Callab
 
 def test_experts_in_int4_beside_fp8_are_each_what_they_are(built: Callable[[str, str], Path]) -> None:
     about = sidecar(built("fp8 int4", "rtx4090"))
-    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.15
+    # Each weight once for both profiles; the rest are constants of the schedule, and what lies around any engine.
+    assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.02
     experts, all_else = 4 * 16 * 3 * 256 * 256, 4 * (3 + 3) * 256 * 256 + 256 * 2048
     for profile in about["profiles"]:
         assert abs(profile["weights"]["int4"] / (experts / 2) - 1) < 0.01
@@ -179,9 +181,9 @@ def test_a_quantized_weight_that_became_float_is_refused_and_the_engine_not_kept
     """A float16 graph that claims to be int4 stands for a builder that dequantized on its own."""
     bundle = tmp_path / "copy"
     shutil.copytree(lowered("fp16"), bundle)
-    inputs, stored, _ = build._read_graph(bundle / "decoder.onnx")
-    claimed = Counter({"INT4": stored["FLOAT16"] // 4, "FLOAT": stored["FLOAT"]})
-    monkeypatch.setattr(build, "_read_graph", lambda _: (inputs, claimed, ()))
+    facts = build._read_graph(bundle / "decoder.onnx")
+    claimed = Counter({"INT4": facts.stored["FLOAT16"] // 4, "FLOAT": facts.stored["FLOAT"]})
+    monkeypatch.setattr(build, "_read_graph", lambda _: dataclasses.replace(facts, stored=claimed))
     files = sorted(bundle.iterdir())
     with pytest.raises(CheckFailed, match=r"holds \d+\.\d MB of weights, expected \d+\.\d MB within 15%"):
         build_engines(bundle, gpu="8.9")
@@ -239,11 +241,13 @@ def test_the_version_in_the_table_is_the_one_that_is_pinned_and_tested() -> None
     assert [name for name, other in FLAVORS.items() if other.executed] == ["tensorrt_rtx"]
 
 
-def test_tensorrt_proper_is_lowered_alike_and_its_build_asks_for_its_package(lowered: Lowered, tmp_path: Path) -> None:
+def test_tensorrt_proper_without_plugins_is_lowered_alike_and_its_build_asks_for_its_package(
+    lowered: Lowered, tmp_path: Path
+) -> None:
     with pytest.raises(EnvironmentProblem, match=r'pip install "tensorrt=='):
         compile(DEMO, tmp_path / "out", Recipe(target="tensorrt", weights="fp16", gpu="h100"))
     assert not (tmp_path / "out").exists()
-    compile(DEMO, tmp_path / "out", Recipe(target="tensorrt", weights="fp16"))
+    compile(DEMO, tmp_path / "out", Recipe(target="tensorrt", weights="fp16", expert_tiles=1))
     assert (tmp_path / "out/decoder.onnx").read_bytes() == (lowered("fp16") / "decoder.onnx").read_bytes()
 
 

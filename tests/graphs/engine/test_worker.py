@@ -71,6 +71,23 @@ def test_a_cache_of_another_version_is_replaced_by_an_empty_one(trt: MagicMock, 
     assert kept.read_bytes() == b"measured"
 
 
+def test_plugins_are_registered_before_the_graph_is_parsed(
+    monkeypatch: pytest.MonkeyPatch, trt: MagicMock, job: EngineJob
+) -> None:
+    order: list[Any] = []
+
+    def parser(*given: Any) -> MagicMock:
+        order.append("parse")
+        return MagicMock()
+
+    monkeypatch.setattr(worker, "register_plugins", lambda *given: order.append(given))
+    trt.OnnxParser.side_effect = parser
+    build_with(trt, job)
+    assert order == ["parse"]
+    build_with(trt, job, plugins="compute_90")
+    assert order[1:] == [(trt, "compute_90"), "parse"]
+
+
 @pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
 def test_only_a_builder_that_times_its_kernels_gets_a_cache(
     monkeypatch: pytest.MonkeyPatch, job: EngineJob, tmp_path: Path, module: str

@@ -124,7 +124,22 @@ class FakeEngine:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
+        self.contexts = 0
         self.in_place = True
+        self.streamable_weights_size = about.get("streamable", 0)
+        self.budget: int | None = None
+        self.most_budget = about.get("most_budget", self.streamable_weights_size)
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        assert self.budget is not None
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        assert self.streamable_weights_size, "its weights do not stream"
+        assert not self.contexts, "set before there is a context"
+        self.budget = min(budget, self.most_budget)
 
     num_io_tensors = property(lambda self: len(self.names))
     num_optimization_profiles = property(lambda self: len(self.profiles))
@@ -151,6 +166,8 @@ class FakeEngine:
 
     def create_execution_context(self, config: Any) -> FakeContext:
         assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+        assert (self.budget is None) == (not self.streamable_weights_size), "TensorRT would keep no weight"
+        self.contexts += 1
         return FakeContext(self)
 
 

@@ -20,6 +20,7 @@ from corral.graphs.engine.kernels.compile import (
 )
 from corral.graphs.engine.kernels.launch import DECODE, FORMATS, KERNELS, ROUTE, TILINGS, Kernel, product_kernel
 from corral.spec.errors import EnvironmentProblem
+from corral.spec.target import TENSORRT_CAPABILITIES
 
 # Written by NVRTC 13.0.88: {kernel: {architecture: resources}}. To accept other numbers, look at them, then write what
 # the failing test prints into the file.
@@ -80,6 +81,12 @@ def test_ptx_is_of_a_version_that_every_cuda_13_driver_reads() -> None:
     assert re.search(r"^\.target sm_80$", text, re.M)
     assert text.count("mma.sync.aligned.m16n8k16") == 2 * 4 * 4  # tiles, mma a step, steps in registers
     assert compiled.resources is None
+
+
+@pytest.mark.parametrize("capability", TENSORRT_CAPABILITIES)
+def test_there_is_ptx_for_every_gpu_that_target_tensorrt_builds_for(capability: str) -> None:
+    architecture = f"compute_{capability.replace('.', '')}"
+    assert f".target sm_{capability.replace('.', '')}".encode() in compile_kernel(ROUTE, architecture, "ptx").image
 
 
 def test_an_architecture_that_is_not_known_is_refused_with_nvrtc_s_words() -> None:

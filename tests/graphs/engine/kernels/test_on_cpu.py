@@ -116,7 +116,7 @@ def run_all(run_on_cpu: RunOnCpu, shape: MoeShape, tiling: Tiling, made: dict[st
 
 def random_tokens(shape: MoeShape, tokens: int, rng: np.random.Generator) -> tuple[Array, Array]:
     x = rng.standard_normal((tokens, shape.hidden)).astype(np.float16)
-    return x, rng.standard_normal((tokens, shape.experts)).astype(np.float16)
+    return x, rng.standard_normal((tokens, shape.experts)).astype(np.float32)
 
 
 def assert_close(actual: Array, expected: Array) -> None:

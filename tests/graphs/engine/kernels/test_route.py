@@ -49,7 +49,7 @@ def assert_equal(actual: dict[str, Array], reference: dict[str, Array]) -> None:
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 1), (16, 1), (128, 1), (16, 2), (128, 4), (8, 8)])
 @pytest.mark.parametrize("tokens", [1, 33, 1100])
 def test_random_logits(tokens: int, experts: int, top_k: int, run_on_cpu: RunOnCpu) -> None:
-    logits = np.random.default_rng(tokens).standard_normal((tokens, experts)).astype(np.float16)
+    logits = np.random.default_rng(tokens).standard_normal((tokens, experts)).astype(np.float32)
     assert_equal(routed(run_on_cpu, logits, top_k), expected(logits, top_k))
 
 
@@ -58,7 +58,7 @@ few_values = st.sampled_from([-np.inf, -1.5, -0.0, 0.0, 1.0, 65504.0, np.inf, np
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    logits=hnp.arrays(np.float16, st.tuples(st.integers(1, 40), st.just(8)), elements=few_values),
+    logits=hnp.arrays(np.float32, st.tuples(st.integers(1, 40), st.just(8)), elements=few_values),
     top_k=st.integers(1, 8),
 )
 def test_ties_infinities_and_nan(logits: Array, top_k: int, run_on_cpu: RunOnCpu) -> None:
@@ -66,7 +66,7 @@ def test_ties_infinities_and_nan(logits: Array, top_k: int, run_on_cpu: RunOnCpu
 
 
 def test_one_expert_may_take_every_token(run_on_cpu: RunOnCpu) -> None:
-    logits = np.zeros((70, 16), np.float16)
+    logits = np.zeros((70, 16), np.float32)
     logits[:, 11] = 1
     made = routed(run_on_cpu, logits, 1)
     assert (made["expert"] == 11).all()

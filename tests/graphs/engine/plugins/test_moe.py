@@ -11,15 +11,20 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
+from corral.graphs import compile
 from corral.graphs.engine.kernels.launch import DECODE, PREFILL, MoeShape, launches
 from corral.graphs.engine.plugins.moe import PLUGINS, register_plugins
 from corral.spec.errors import EnvironmentProblem, InputError
+from corral.spec.recipe import Recipe
 
 SCOUT = {"hidden": 5120, "width": 8192, "experts": 16, "top_k": 1, "group_size": 128}
 Input = tuple[Any, tuple[int, ...]]  # type and extent
@@ -77,6 +82,15 @@ class FormatDesc(Native):
     format: Any = None
 
 
+@dataclass(frozen=True)
+class Field:
+    """`trt.PluginField`: an attribute, as the ONNX parser hands it over or as a creator declares it."""
+
+    name: str
+    data: Any
+    type: Any
+
+
 class LaunchParams(Native):
     """What TensorRT keeps of a launch."""
 
@@ -105,12 +119,11 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "ISymExpr",
         "ITensor",
         "IExprBuilder",
-        "PluginFieldCollection",
         "Dims",
     ):
         setattr(module, name, type(name, (Native,), {}))
     module.Dims.MAX_DIMS = 8
-    module.PluginField = type("PluginField", (Native,), {})
+    module.PluginField, module.PluginFieldCollection = Field, list
     module.IDimensionExpr, module.DimsExprs = Expression, Exprs
     module.DynamicPluginTensorDesc, module.PluginTensorDesc = DynamicDesc, FormatDesc
     module.Logger = type("Logger", (Native,), {"WARNING": 1, "log": lambda self, *words: None})
@@ -121,12 +134,17 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "PluginFieldType": "INT8 INT16 INT32 INT64 FLOAT16 FLOAT32 FLOAT64 CHAR UNKNOWN",
         "PluginArgType": "INT",
         "PluginArgDataType": "INT8 INT16 INT32",
-        "QuickPluginCreationRequest": "STRICT_AOT",
+        "QuickPluginCreationRequest": "UNKNOWN PREFER_JIT PREFER_AOT STRICT_JIT STRICT_AOT",
     }.items():
         setattr(module, name, enum.Enum(name, members))
     module.float32, module.float16 = module.DataType.FLOAT, module.DataType.HALF
     module.int8, module.int32 = module.DataType.INT8, module.DataType.INT32
-    registry = SimpleNamespace(register_creator=lambda *creator: True, get_creator=lambda *name: None)
+    creators: dict[tuple[str, str, str], Any] = {}
+
+    def register_creator(creator: Any, namespace: str) -> bool:
+        return creators.setdefault((creator.name, creator.plugin_version, namespace), creator) is creator
+
+    registry = SimpleNamespace(register_creator=register_creator, get_creator=lambda *name: creators.get(name))
     module.get_plugin_registry = lambda: registry
     module.__path__ = list(found.submodule_search_locations)
     before = set(sys.modules)
@@ -194,7 +212,7 @@ def test_a_build_gets_the_launches_of_the_plan(weights: str, top_k: int, tokens:
     stored += [(scale[weights], (16, 1024, 40, 8, 2))] if weights in scale else []
     tables: list[Input] = [(whole, (visits,)), (single, (visits,)), (whole, (17,))]
     calls: dict[str, tuple[list[Input], list[tuple[int, ...]]]] = {
-        "moe_route": ([(half, (tokens, 16))], [(visits,), (visits,), (visits,), (17,)]),
+        "moe_route": ([(single, (tokens, 16))], [(visits,), (visits,), (visits,), (17,)]),
         f"moe_gate_up_{weights}": ([(half, (tokens, 5120)), *tables, *stored], [(visits, 8192)]),
         f"moe_down_{weights}": ([(half, (visits, 8192)), tables[0], tables[2], *stored], [(visits, 5120)]),
     }
@@ -211,6 +229,44 @@ def test_a_build_gets_the_launches_of_the_plan(weights: str, top_k: int, tokens:
             assert tuple(arguments) == launch.sizes
             assert entry == launch.kernel.entry
             assert b".target sm_90a" in ptx
+
+
+@pytest.fixture(params=["int4", "fp8", "fp16"])
+def lowered_graph(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Any:
+    """A small model lowered for `tensorrt`. Ask for it before `tensorrt`, whose stand-in torch would look into."""
+    recipe = Recipe(target="tensorrt", weights=request.param, group_size=32, calibration_tokens=1024)
+    compile(tiny_checkpoint("topk2"), tmp_path / "out", recipe)
+    return onnx.load(tmp_path / "out" / "decoder.onnx", load_external_data=False).graph
+
+
+def test_a_lowered_graph_calls_the_plugins_as_they_are_declared(lowered_graph: Any, tensorrt: Any) -> None:
+    """Each node as TensorRT's ONNX parser takes it: found by name, version and namespace; of its attributes those that the
+    creator declares; its weights' types and shapes."""
+    register_plugins(tensorrt, "compute_80")
+    types = {
+        onnx.TensorProto.FLOAT: tensorrt.float32,
+        onnx.TensorProto.FLOAT16: tensorrt.float16,
+        onnx.TensorProto.INT8: tensorrt.int8,
+    }
+    known: dict[str, Input] = {t.name: (types.get(t.data_type), tuple(t.dims)) for t in lowered_graph.initializer}
+    calls = [node for node in lowered_graph.node if node.domain == "corral"][:3]
+    tokens, visits = 5, 10
+    known |= {calls[0].input[0]: (tensorrt.float32, (tokens, 8)), calls[1].input[0]: (tensorrt.float16, (tokens, 64))}
+    for node in calls:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        name = node.op_type, attributes["plugin_version"].decode(), attributes["plugin_namespace"].decode()
+        creator = tensorrt.get_plugin_registry().get_creator(*name)
+        assert {field.type.name for field in creator.field_names} == {"INT64"}
+        fields = [Field(f.name, np.array([attributes.pop(f.name)]), f.type) for f in creator.field_names]
+        assert attributes.keys() == {"plugin_version", "plugin_namespace"}
+        request = tensorrt.QuickPluginCreationRequest.UNKNOWN  # as where the network says nothing
+        plugin = creator.create_plugin(node.op_type, "corral", fields, None, request)
+        inputs = [known[name] for name in node.input]
+        shapes, *_ = run_builder(tensorrt, plugin, inputs, 0 if node.op_type == "moe_route" else 1)
+        made = plugin.get_output_data_types([dtype for dtype, _ in inputs], [len(extent) for _, extent in inputs])
+        known |= dict(zip(node.output, zip(made, shapes, strict=True), strict=True))
+    assert known[calls[1].output[0]] == (tensorrt.float16, (visits, 64))
+    assert known[calls[2].output[0]] == (tensorrt.float16, (visits, 64))
 
 
 def test_every_plugin_is_registered_once(tensorrt: Any) -> None:

@@ -1,13 +1,15 @@
 """Float32 graph and plan -> strongly typed 16 bit, with Casts where a value passes from one type to the other.
 
+For what runs on GPUs: engines of TensorRT, and ONNX Runtime's CUDA provider.
+
 Kept in float32, because a 16-bit type would be wrong rather than coarse there:
   angles and temperature     positions beyond 2048 are no float16 numbers
   residual stream and norms  the published models are trained in bf16, whose range float16 does not have
   rotation, norm of q and k  computed in float32 by the reference, too
   router                     a tie decides which expert runs
 
-Everything that costs bandwidth (matrices, their inputs, the caches) has 16 bits. TensorRT never picks a type itself; a
-Cast between two pointwise operators costs nothing, because it fuses with them.
+Everything that costs bandwidth (matrices, their inputs, the caches) has 16 bits. Neither backend picks a type itself. In an
+engine a Cast between two pointwise operators costs nothing, because it fuses with them.
 """
 
 from __future__ import annotations
