@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--piece", type=int, default=256, help="Tokens of the text in each prompt.")
     parser.add_argument("--tokens", type=int, default=128, help="Of each answer.")
-    parser.add_argument("--speculative-tokens", type=int, default=5)
+    parser.add_argument("--speculative-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--once", action="store_true")

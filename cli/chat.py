@@ -38,7 +38,7 @@ def command(
     system: str | None,
     prompt_lookup: bool,
     draft: Path | None,
-    speculative_tokens: int,
+    speculative_tokens: int | None,
     prefix_cache_gb: float,
     provider: str,
     threads: int | None,

@@ -101,7 +101,9 @@ def guess_options(command: F) -> F:
     options = (
         click.option("--prompt-lookup", is_flag=True, help="Guess next tokens where the same ones stood before."),
         click.option("--draft", type=click.Path(path_type=Path), help="Let this smaller bundle guess next tokens."),
-        click.option("--speculative-tokens", type=int, default=5, show_default=True, help="Tokens guessed at a time."),
+        click.option(
+            "--speculative-tokens", type=int, help="Tokens guessed at a time.  [default: 8 looked up, 5 drafted]"
+        ),
     )
     for option in reversed(options):
         command = option(command)

@@ -42,7 +42,7 @@ def command(
     chat: bool,
     prompt_lookup: bool,
     draft: Path | None,
-    speculative_tokens: int,
+    speculative_tokens: int | None,
     prefix_cache: Path | None,
     prefix_cache_gb: float,
     provider: str,

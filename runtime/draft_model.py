@@ -20,6 +20,8 @@ from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
 from corral.spec.kv_layout import KvLayout, split_at_chunks
 
+DRAFTED_TOKENS = 5  # each costs a step of the draft
+
 
 @dataclass
 class _Seat:

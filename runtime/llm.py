@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from corral.runtime.chat import Message
 from corral.runtime.completion import Completion, Piece
-from corral.runtime.draft_model import DraftModel, check_draft
+from corral.runtime.draft_model import DRAFTED_TOKENS, DraftModel, check_draft
 from corral.runtime.embedding import EmbeddingTable
 from corral.runtime.engine import MAX_WAITING, STEP_TOKENS, Engine
 from corral.runtime.prefix_file import read_prefix, write_prefix
-from corral.runtime.prompt_lookup import PromptLookup
+from corral.runtime.prompt_lookup import LOOKED_UP_TOKENS, PromptLookup
 from corral.runtime.proposal import Proposer
-from corral.runtime.ready_bundle import chosen_context, longest_context, open_ready, open_session
+from corral.runtime.ready_bundle import chosen_context, longest_context, open_ready, open_session, wide_batches
 from corral.runtime.request import Request
 from corral.runtime.sampling_params import SamplingParams
 from corral.runtime.session import Float32, Session
@@ -29,7 +29,6 @@ from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
-from corral.spec.target import target_named
 
 TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 Prompt = str | TokenIds
@@ -49,7 +48,7 @@ class LLM:
         max_waiting: int = MAX_WAITING,  # requests in line, besides those that run
         draft: str | Path | Bundle | None = None,  # a smaller model's bundle that guesses the next tokens
         prompt_lookup: bool = False,  # or guess them where the same tokens stood before
-        num_speculative_tokens: int = 5,  # of such tokens, at a time
+        num_speculative_tokens: int | None = None,  # of such tokens, at a time; None: as many as usually pay
         prefix_cache_gb: float = 0,  # of cache rows kept for prompts that begin alike
         progress: Progress = silent,
         session: Session | None = None,  # something else that computes the decoder, for experiments and tests
@@ -58,7 +57,7 @@ class LLM:
         for name, number in (
             ("max_batch", max_batch),
             ("max_waiting", max_waiting),
-            ("num_speculative_tokens", num_speculative_tokens),
+            ("num_speculative_tokens", 1 if num_speculative_tokens is None else num_speculative_tokens),
         ):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InputError(f"{name} is {number!r}, expected a whole number of at least 1.")
@@ -89,9 +88,9 @@ class LLM:
             max_batch=min(max_batch, bundle.manifest.recipe.max_batch) if bundle.manifest.engines else max_batch,
             max_waiting=max_waiting,
             proposer=proposer,
-            num_proposed=num_speculative_tokens,
+            num_proposed=num_speculative_tokens or (LOOKED_UP_TOKENS if prompt_lookup else DRAFTED_TOKENS),
             prefix_bytes=int(prefix_cache_gb * 1e9),
-            wide_batches=target_named(bundle.manifest.recipe.target).wide_batches,
+            wide_batches=wide_batches(bundle.manifest),
         )
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.runtime.session import Session
 from corral.spec.bundle import Bundle, open_bundle
+from corral.spec.cpu_ops import attends
 from corral.spec.errors import InputError
 from corral.spec.manifest import Manifest
 from corral.spec.progress import Progress
@@ -49,6 +50,12 @@ def chosen_context(manifest: Manifest, max_context: int | None) -> int:
     if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context <= most:
         raise InputError(f"max_context is {max_context!r}, expected 1 to {most} tokens, {why}.")
     return max_context
+
+
+def wide_batches(manifest: Manifest) -> bool:
+    """Whether a step may have several sequences of several tokens each, all with a past."""
+    attends_itself = manifest.recipe.kernels == "corral" and attends(manifest.model.head_dim)
+    return attends_itself or target_named(manifest.recipe.target).wide_batches
 
 
 def open_session(bundle: Bundle, provider: str, threads: int | None) -> Session:

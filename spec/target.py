@@ -25,9 +25,7 @@ class Target:
         "stock",
     )  # "stock": the backend's own; "corral": also corral's CPU kernels, for `cpu_ops.WEIGHTS`
     kv_dtype: str = "float32"  # of the caches
-    wide_batches: bool = (
-        False  # whether its graphs take several sequences of several tokens each, with a past, in one step
-    )
+    wide_batches: bool = False  # whether a step may have several sequences of several tokens each, with a past
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

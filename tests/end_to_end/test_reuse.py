@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from corral.runtime import LLM, SamplingParams
+from corral.runtime.session import Float32, Step
 
 CHUNK = 16
 PARAMS = SamplingParams(temperature=0, max_tokens=2 * CHUNK + 3, ignore_eos=True)
@@ -45,3 +46,22 @@ def test_prompts_that_begin_alike_are_answered_as_without(tiny_bundle: TinyBundl
     other.load_prefix(tmp_path / "prefix")
     [answer] = other.generate([prompts()[-1]], PARAMS)
     assert (answer.token_ids, answer.timings.cached_tokens) == (plain[-1], 2 * CHUNK)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_with_corrals_kernels_rows_of_a_batch_guess_together(tiny_bundle: TinyBundle) -> None:
+    """Equal tokens with quantized weights, too: no sum depends on how many tokens or sequences a step has."""
+    bundle = tiny_bundle("scout", "cpu", "int4", "corral")
+    llm = LLM(bundle, prompt_lookup=True, prefix_cache_gb=0.1)
+    steps: list[tuple[int, ...]] = []
+    run = llm._engine._session.run
+
+    def noting(step: Step) -> Float32:
+        steps.append(step.positions_BS.shape)
+        return run(step)
+
+    llm._engine._session.run = noting  # type: ignore[method-assign]
+    together = llm.generate(prompts(), PARAMS)
+    assert any(batch > 1 and tokens > 1 for batch, tokens in steps)
+    alone = [LLM(bundle).generate([prompt], PARAMS)[0].token_ids for prompt in prompts()]
+    assert [answer.token_ids for answer in together] == alone
