@@ -145,7 +145,7 @@ def _can_build(engine: str) -> bool:
 
 def _gpu() -> tuple[str, str, str]:
     """Name and compute capability of the GPU that engines would run on, or why there is none."""
-    from corral.runtime.cuda_device import CudaDevice
+    from corral.runtime.gpu.cuda_device import CudaDevice
     from corral.spec.errors import CorralError
 
     try:

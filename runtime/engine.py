@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from corral.runtime.forward import forward
 from corral.runtime.kv_cache import KvCache
 from corral.runtime.prefix_cache import PrefixCache
-from corral.runtime.proposal import Proposal, Proposer
 from corral.runtime.request import Request
 from corral.runtime.sampler import Candidates
 from corral.runtime.scheduler import Decode, Prefill, Scheduler
 from corral.runtime.session import Caches, CacheView, Float32, Session
+from corral.runtime.speculative.proposal import Proposal, Proposer
 from corral.spec.errors import InputError, Overloaded
 from corral.spec.kv_layout import KvLayout, split_at_chunks
 

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from corral.runtime.chat import Message
 from corral.runtime.completion import Completion, Piece
-from corral.runtime.draft_model import DRAFTED_TOKENS, DraftModel, check_draft
 from corral.runtime.embedding import EmbeddingTable
 from corral.runtime.engine import MAX_WAITING, STEP_TOKENS, Engine
 from corral.runtime.prefix_file import read_prefix, write_prefix
-from corral.runtime.prompt_lookup import LOOKED_UP_TOKENS, PromptLookup
-from corral.runtime.proposal import Proposer
 from corral.runtime.ready_bundle import chosen_context, longest_context, open_ready, open_session, wide_batches
 from corral.runtime.request import Request
 from corral.runtime.sampling_params import SamplingParams
 from corral.runtime.session import Float32, Session
+from corral.runtime.speculative.draft_model import DRAFTED_TOKENS, DraftModel, check_draft
+from corral.runtime.speculative.prompt_lookup import LOOKED_UP_TOKENS, PromptLookup
+from corral.runtime.speculative.proposal import Proposer
 from corral.runtime.tokenizer import Tokenizer, open_tokenizer
 from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError

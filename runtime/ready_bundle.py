@@ -64,11 +64,11 @@ def open_session(bundle: Bundle, provider: str, threads: int | None) -> Session:
     Raises InputError for a provider or number of threads that cannot be, EnvironmentProblem for what is not installed.
     """
     if bundle.manifest.engines:
-        from corral.runtime.tensorrt_session import TensorRTSession
+        from corral.runtime.gpu.tensorrt_session import TensorRTSession
 
         return TensorRTSession(bundle)
     if target_named(bundle.manifest.recipe.target).provider == "cuda":
-        from corral.runtime.onnxruntime_cuda_session import OnnxRuntimeCudaSession
+        from corral.runtime.gpu.onnxruntime_cuda_session import OnnxRuntimeCudaSession
 
         return OnnxRuntimeCudaSession(bundle, threads=threads)
     return OnnxRuntimeSession(bundle, provider=provider, threads=threads)

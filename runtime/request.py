@@ -13,7 +13,7 @@ from corral.runtime import sampler
 from corral.runtime.completion import Completion, FinishReason, Piece, Timings, TokenLogprobs
 from corral.runtime.sampling_params import SamplingParams
 from corral.runtime.session import Float32
-from corral.runtime.speculative_sampling import accept_or_replace
+from corral.runtime.speculative.sampling import accept_or_replace
 from corral.runtime.stop_strings import StopStrings
 from corral.runtime.stream_decoder import StreamDecoder
 

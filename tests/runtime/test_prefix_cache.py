@@ -17,8 +17,8 @@ from corral.runtime import LLM, SamplingParams
 from corral.runtime.engine import Engine
 from corral.runtime.kv_cache import KvCache
 from corral.runtime.prefix_cache import BLOCK_TOKENS, PrefixCache
-from corral.runtime.prompt_lookup import PromptLookup
 from corral.runtime.request import Request
+from corral.runtime.speculative.prompt_lookup import PromptLookup
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.kv_layout import kv_layouts
 from corral.spec.model_config import ModelConfig

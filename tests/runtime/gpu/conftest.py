@@ -25,7 +25,7 @@ import pytest
 from corral.graphs import compile
 from corral.graphs.engine.profiles import profiles_for
 from corral.graphs.hash_files import hash_files
-from corral.runtime.cuda_device import Buffer
+from corral.runtime.gpu.cuda_device import Buffer
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.manifest import MANIFEST_NAME, EngineRecord
 from corral.spec.recipe import Recipe

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
-import corral.runtime.onnxruntime_cuda_session as cuda_session
+import corral.runtime.gpu.onnxruntime_cuda_session as cuda_session
 from corral.runtime import LLM, SamplingParams
-from corral.runtime.onnxruntime_cuda_session import OnnxRuntimeCudaSession
+from corral.runtime.gpu.onnxruntime_cuda_session import OnnxRuntimeCudaSession
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.errors import EnvironmentProblem

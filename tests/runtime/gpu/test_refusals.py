@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from corral.runtime import LLM
-from corral.runtime import cuda_device as cuda_device_module
-from corral.runtime import tensorrt_engine as tensorrt_engine_module
-from corral.runtime.tensorrt_engine import INVALID, TensorRTEngine
-from corral.runtime.tensorrt_session import TensorRTSession
+from corral.runtime.gpu import cuda_device as cuda_device_module
+from corral.runtime.gpu import tensorrt_engine as tensorrt_engine_module
+from corral.runtime.gpu.tensorrt_engine import INVALID, TensorRTEngine
+from corral.runtime.gpu.tensorrt_session import TensorRTSession
 from corral.spec.bundle import Bundle
 from corral.spec.errors import CorralError, EnvironmentProblem, InputError
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from corral.runtime import LLM, SamplingParams
 from corral.runtime.completion import Completion
-from corral.runtime.device_kv_cache import DeviceKvCache
+from corral.runtime.gpu.device_kv_cache import DeviceKvCache
+from corral.runtime.gpu.tensorrt_session import Limits, TensorRTSession, cut
 from corral.runtime.kv_cache import KvCache
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.runtime.session import CacheView, Step
-from corral.runtime.tensorrt_session import Limits, TensorRTSession, cut
 from corral.spec.bundle import Bundle
 
 EngineBundle = Callable[..., Bundle]

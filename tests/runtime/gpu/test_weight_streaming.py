@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from corral.runtime import LLM
-from corral.runtime.device_kv_cache import slot_bytes
+from corral.runtime.gpu.device_kv_cache import slot_bytes
+from corral.runtime.gpu.tensorrt_session import TensorRTSession
+from corral.runtime.gpu.weight_streaming import HEADROOM_BYTES, weight_budgets
 from corral.runtime.onnxruntime_session import OnnxRuntimeSession
-from corral.runtime.tensorrt_session import TensorRTSession
-from corral.runtime.weight_streaming import HEADROOM_BYTES, weight_budgets
 from corral.spec.bundle import Bundle
 from corral.spec.errors import EnvironmentProblem
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from corral.runtime.forward import forward
-from corral.runtime.proposal import Proposal
 from corral.runtime.request import Request
 from corral.runtime.sampler import Candidates, draw
 from corral.runtime.session import Float32, Session
+from corral.runtime.speculative.proposal import Proposal
 from corral.runtime.tokenizer import Tokenizer
 from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError

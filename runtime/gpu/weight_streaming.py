@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corral.runtime.cuda_device import Device
+from corral.runtime.gpu.cuda_device import Device
 from corral.spec.bundle import Bundle
 from corral.spec.manifest import EngineRecord
 

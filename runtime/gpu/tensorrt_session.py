@@ -18,13 +18,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.runtime.cuda_device import Buffer, CudaDevice, Device, Recording
-from corral.runtime.device_kv_cache import Address, DeviceKvCache, slot_bytes
-from corral.runtime.engine_choice import choose_engines
+from corral.runtime.gpu.cuda_device import Buffer, CudaDevice, Device, Recording
+from corral.runtime.gpu.device_kv_cache import Address, DeviceKvCache, slot_bytes
+from corral.runtime.gpu.engine_choice import choose_engines
+from corral.runtime.gpu.tensorrt_engine import Shape, TensorRTEngine
+from corral.runtime.gpu.weight_streaming import weight_budgets
 from corral.runtime.session import CacheView, Float32, Step
 from corral.runtime.stage_io import StageIo, check_stages, stage_io
-from corral.runtime.tensorrt_engine import Shape, TensorRTEngine
-from corral.runtime.weight_streaming import weight_budgets
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle
 from corral.spec.errors import EnvironmentProblem, InputError

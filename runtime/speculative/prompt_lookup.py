@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from corral.runtime.proposal import Proposal
 from corral.runtime.request import Request
 from corral.runtime.session import Int64
+from corral.runtime.speculative.proposal import Proposal
 
 LOOKED_UP_TOKENS = 8  # more than of a draft, because they cost nothing to find
 SHORTEST, LONGEST = 2, 8  # tokens that must match, and after how many more would not make a place better

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corral.runtime.cuda_device import Device
+from corral.runtime.gpu.cuda_device import Device
 from corral.spec.errors import CorralError, EnvironmentProblem, InputError
 from corral.spec.manifest import EngineRecord
 from corral.spec.tensorrt_flavors import FLAVORS, Flavor

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.runtime.prompt_lookup import LONGEST, SHORTEST, PromptLookup, lookup
 from corral.runtime.request import Request
 from corral.runtime.sampling_params import SamplingParams
+from corral.runtime.speculative.prompt_lookup import LONGEST, SHORTEST, PromptLookup, lookup
 
 
 @pytest.mark.parametrize(

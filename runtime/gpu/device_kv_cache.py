@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corral.runtime.cuda_device import Buffer, Device
+from corral.runtime.gpu.cuda_device import Buffer, Device
 from corral.runtime.kv_cache import past_lengths
 from corral.runtime.session import CacheView, Int64
 from corral.spec.kv_layout import KvLayout

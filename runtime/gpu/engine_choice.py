@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corral.runtime.cuda_device import Device
+from corral.runtime.gpu.cuda_device import Device
 from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
 from corral.spec.manifest import EngineRecord

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from corral.runtime import LLM
-from corral.runtime.draft_model import DraftModel
 from corral.runtime.engine import Engine
 from corral.runtime.kv_cache import KvCache
-from corral.runtime.prompt_lookup import PromptLookup
-from corral.runtime.proposal import Proposal, Proposer
 from corral.runtime.request import Request
 from corral.runtime.sampler import Candidates
 from corral.runtime.sampling_params import SamplingParams
 from corral.runtime.session import Step
-from corral.runtime.speculative_sampling import accept_or_replace
+from corral.runtime.speculative.draft_model import DraftModel
+from corral.runtime.speculative.prompt_lookup import PromptLookup
+from corral.runtime.speculative.proposal import Proposal, Proposer
+from corral.runtime.speculative.sampling import accept_or_replace
 from corral.spec.errors import InputError
 from corral.spec.kv_layout import kv_layouts
 from corral.spec.model_config import ModelConfig

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from corral.runtime.cuda_device import CudaDevice, Device
-from corral.runtime.device_kv_cache import Address, DeviceKvCache
+from corral.runtime.gpu.cuda_device import CudaDevice, Device
+from corral.runtime.gpu.device_kv_cache import Address, DeviceKvCache
 from corral.runtime.onnxruntime_graph import PROVIDERS, OnnxRuntimeGraph, import_onnxruntime
 from corral.runtime.onnxruntime_session import check_threads
 from corral.runtime.requirements import check_requirements

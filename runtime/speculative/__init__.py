@@ -1,0 +1,1 @@
+"""Tokens guessed ahead, for one step to verify: where they come from, and when they stand."""
