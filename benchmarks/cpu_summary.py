@@ -1,7 +1,9 @@
-"""The results of benchmarks/cpu.py as the README's table and as a picture.
+"""The results of benchmarks/cpu.py as the README's table, as one table a shape in docs/llama-cpp.md, and as a picture.
 
-python benchmarks/cpu_summary.py           writes both anew
-python benchmarks/cpu_summary.py --table   prints the table only
+    python benchmarks/cpu_summary.py           writes all of them anew
+    python benchmarks/cpu_summary.py --table   prints the README's table only
+
+Both documents have marks around what is written.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README, PICTURE, RESULTS = ROOT / "README.md", ROOT / "docs/cpu-speed.svg", ROOT / "benchmarks/results"
+README, DETAILS, PICTURE = ROOT / "README.md", ROOT / "docs/llama-cpp.md", ROOT / "docs/cpu-speed.svg"
+RESULTS = ROOT / "benchmarks/results"
 BEGIN, END = "<!-- speed table -->\n", "<!-- end of speed table -->\n"
 SHAPES = {"wide": "Scout's width, 4 layers, 9.1 B", "half": "0.5 B", "demo": "demo, 15 M"}
 TESTS = {
@@ -34,9 +37,18 @@ def main() -> None:
     if "--table" in sys.argv:
         print(table(results), end="")
         return
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + BEGIN + table(results) + END + rest.partition(END)[2])
+    put(README, table(results))
+    put(DETAILS, "\n".join(details(shape, result) for shape, result in results.items()))
     PICTURE.write_text(picture(results))
+
+
+def put(path: Path, text: str) -> None:
+    """Replace what stands between the marks in a file."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{path} has no place for the table")
+    path.write_text(before + BEGIN + text + END + after)
 
 
 def read_results() -> dict[str, Result]:
@@ -54,6 +66,19 @@ def table(results: Mapping[str, Result]) -> str:
     rows.append(["decode, of what memory allows", *(_rooflines(result) for result in results.values())])
     rows.append(["anonymous memory, MB", *(_pair(result, _anonymous) for result in results.values())])
     rows.append(["process to second token, s", *(_pair(result, _cold) for result in results.values())])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def details(shape: str, result: Result) -> str:
+    """Markdown of one shape: tokens a second of every contestant, median (lowest to highest)."""
+    names = list(next(iter(result["tests"].values())))
+    rows: list[Sequence[str]] = [[SHAPES[shape], *names, f"{OURS} over llama.cpp's best"], ["---"] * (len(names) + 2)]
+    for test, found in result["tests"].items():
+        cells = []
+        for name in names:
+            low, high = found[name]["range"]
+            cells.append(f"{_number(found[name]['tokens_per_second'])} ({_number(low)} to {_number(high)})")
+        rows.append([TESTS.get(test, test), *cells, f"{result['ratio'][test]:.2f}"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
