@@ -176,7 +176,7 @@ class Engine:
         rows = [[request.output_ids[-1], *p.tokens] for request, p in zip(requests, proposals, strict=True)]
         # Padding is written after a row's own tokens, where the next step writes again.
         padded = [row + row[-1:] * (width - len(row)) for row in rows]
-        logits = self._run(padded, positions, self._cache.prefix(len(rows)), [range(width)] * len(rows))
+        logits = self._run(padded, positions, self._cache.prefix(len(rows)), [list(range(width))] * len(rows))
         for request, proposal, logits_RV in zip(requests, proposals, logits, strict=True):
             self._verify(request, proposal, logits_RV)
 

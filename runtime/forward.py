@@ -20,7 +20,8 @@ def forward(
     logit_rows: Sequence[Sequence[int]],  # [B][R], which of the new tokens to compute logits for
 ) -> Float32:
     """Logits [B, R, vocab]; keys and values of the tokens are in the cache afterwards."""
-    embeddings = np.array([embed(row) for row in tokens])  # np.stack takes ten times as long for one row
+    rows = embed([token for row in tokens for token in row])
+    embeddings = rows.reshape(len(tokens), len(tokens[0]), -1)
     steps = np.arange(embeddings.shape[1], dtype=np.int64)
     return session.run(
         Step(

@@ -104,7 +104,9 @@ class LLM:
     ) -> list[Completion]:
         """Complete one prompt or many, together; a prompt is a text or a list of token ids."""
         ids = [self._prompt_ids(prompt) for prompt in _as_prompts(prompts)]
-        requests = [self._request(i, p) for i, p in zip(ids, _as_params(params, len(ids)), strict=True)]
+        requests = [
+            self._request(i, p, in_pieces=False) for i, p in zip(ids, _as_params(params, len(ids)), strict=True)
+        ]
         outside = deque(requests)  # of a batch larger than the line, the rest waits here
         try:
             while not all(request.done for request in requests):
@@ -198,7 +200,7 @@ class LLM:
         finally:
             self._engine.cancel(request)
 
-    def _request(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Request:
+    def _request(self, prompt_ids: tuple[int, ...], params: SamplingParams, *, in_pieces: bool = True) -> Request:
         if not isinstance(params, SamplingParams):
             raise InputError(f"params is a {type(params).__name__}, expected SamplingParams.")
         if params.stop and self.tokenizer is None:
@@ -214,6 +216,7 @@ class LLM:
             max_tokens=min(params.max_tokens, self.max_context - len(prompt_ids)),
             eos_token_ids=self.config.eos_token_ids,
             decoder=self.tokenizer.stream_decoder() if self.tokenizer else None,
+            in_pieces=in_pieces,
         )
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:

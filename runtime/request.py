@@ -29,6 +29,7 @@ class Request:
         max_tokens: int,  # `params.max_tokens`, or what the context leaves of it
         eos_token_ids: Collection[int],
         decoder: StreamDecoder | None,  # None: ids only, all text is ""
+        in_pieces: bool = True,  # whether anyone reads it before its end; text is decoded then only if not
     ) -> None:
         self.prompt_ids, self.params, self.max_tokens = prompt_ids, params, max_tokens
         self.position = 0  # tokens in the cache
@@ -39,6 +40,7 @@ class Request:
         self.error: Exception | None = None
         self._eos = tuple(eos_token_ids)
         self._decoder, self._stops = decoder, StopStrings(params.stop)
+        self._at_end = not in_pieces and not params.stop
         self.generator = np.random.default_rng(params.seed)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -121,13 +123,20 @@ class Request:
 
     def _write(self, token: int, few: bool) -> None:
         ends = token in self._eos and not self.params.ignore_eos
-        text = self._decoder.push(token) if self._decoder and not ends else ""
+        full = len(self.output_ids) >= self.max_tokens
+        if self._at_end and not ends and not full:
+            return
+        text = ""
+        if self._decoder and self._at_end:
+            text = self._decoder.whole(self.output_ids[:-1] if ends else self.output_ids)
+        elif self._decoder and not ends:
+            text = self._decoder.push(token)
         if not few:  # like the end tokens, stop strings count only after min_tokens
             text = self._stops.push(text)
         reason: FinishReason | None = None
         if self._stops.found:
             reason = "stop"
-        elif ends or len(self.output_ids) >= self.max_tokens:
+        elif ends or full:
             reason = "stop" if ends else "length"
             text += self._stops.push(self._decoder.flush() if self._decoder else "") + self._stops.flush()
         if text or reason or self._decoder is None:

@@ -13,6 +13,7 @@ share of what the one before it left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from corral.runtime.sampling_params import SamplingParams
 from corral.spec.errors import CheckFailed
 
 Floats = NDArray[np.floating[Any]]
+CERTAIN = np.ones(1)  # the weight of an only candidate
 
 
 class Candidates(NamedTuple):
@@ -47,13 +49,13 @@ def distribution(
     """What the next token is drawn from. Raises CheckFailed where the logits hold no largest finite number."""
     logits_V = penalize(forbid(logits_V, forbidden), params, prompt_ids, output_ids)
     best = int(np.argmax(logits_V))
-    if not np.isfinite(logits_V[best]):
+    if not math.isfinite(logits_V[best]):
         raise CheckFailed(
             f"the model's logits are not finite (the largest is {logits_V[best]}), so no token can be chosen. "
             "Check the bundle with `corral validate`, and compile it again if it fails."
         )
     if params.greedy:
-        return Candidates(np.array([best]), np.ones(1))
+        return Candidates(np.array([best]), CERTAIN)
     candidates = weigh(logits_V, params.temperature)
     candidates = keep_min_p(candidates, params.min_p)
     candidates = keep_top_k(candidates, params.top_k)

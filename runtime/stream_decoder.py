@@ -32,6 +32,10 @@ class StreamDecoder:
             self._sent = len(self._settled())
         return added
 
+    def whole(self, token_ids: Sequence[int]) -> str:
+        """The text of all tokens at once, of an answer that nobody reads before its end."""
+        return self._decode([token for token in token_ids if token not in self._skip])
+
     def flush(self) -> str:
         """A last character that never was completed."""
         held = self._text()[self._sent :]

@@ -55,6 +55,12 @@ def test_skipped_tokens_give_no_text_and_do_not_break_a_character() -> None:
     assert [decoder.push(i) for i in (0xC3, 0, 0xA9)] == ["", "", "é"]
 
 
+@given(st.binary(max_size=60))
+def test_the_whole_text_is_that_of_the_pieces(data: bytes) -> None:
+    decoder = StreamDecoder(decode_bytes, skip={0})
+    assert decoder.whole(data) == "".join([*(decoder.push(byte) for byte in data), decoder.flush()])
+
+
 def run(stop: Sequence[str], parts: Sequence[str]) -> tuple[list[str], bool]:
     stops = StopStrings(stop)
     return [*(stops.push(part) for part in parts), stops.flush()], stops.found
