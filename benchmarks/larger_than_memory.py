@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cpu_engines import anonymous_bytes
 
 from corral.spec.bundle import open_bundle
 
@@ -74,8 +75,8 @@ def one_run(bundle: Path, limit: float | None, pool: int, tokens: int) -> dict[s
 def decode(bundle: Path, pool: int, tokens: int) -> dict[str, Any]:
     """Seconds and bytes read of each token, and this process's anonymous memory at the end."""
     from corral.runtime.embedding import EmbeddingTable
+    from corral.runtime.forward import forward
     from corral.runtime.onnxruntime_session import OnnxRuntimeSession
-    from corral.runtime.session import Step
 
     started = time.monotonic()
     opened = open_bundle(bundle, verify=False)
@@ -88,15 +89,7 @@ def decode(bundle: Path, pool: int, tokens: int) -> dict[str, Any]:
     seconds, read, chosen = [], [], []
     for position, token in enumerate(ids.tolist()):
         before, started = bytes_read(), time.monotonic()
-        logits = session.run(
-            Step(
-                embeddings_BSH=embed([token])[None],
-                positions_BS=np.array([[position]]),
-                logit_rows_BR=np.zeros((1, 1), np.int64),
-                past_length_B=caches.past_lengths([position]),
-                caches=caches.slot(0),
-            )
-        )
+        logits = forward(session, embed, caches, caches.slot(0), [[token]], [position], [[0]])
         seconds.append(time.monotonic() - started)
         read.append(bytes_read() - before)
         chosen.append(int(logits.argmax()))
@@ -106,7 +99,7 @@ def decode(bundle: Path, pool: int, tokens: int) -> dict[str, Any]:
         "first_token_seconds": seconds[0],
         "seconds": seconds[warm],
         "bytes_read": read[warm],
-        "anonymous_bytes": int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10,  # type: ignore[index]
+        "anonymous_bytes": anonymous_bytes(),
         "chosen": chosen,
     }
 

@@ -9,46 +9,39 @@
 
 #include "elementwise.h"
 #include "kernels.h"
+#include "tile_by_tile.h"
 
 namespace corral {
 namespace {
 
-inline __m256i vector(const uint8_t* codes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)); }
+using Bytes = __m256i;
+
+inline Bytes vector(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)); }
+inline Bytes masked(Bytes bytes, int mask) { return _mm256_and_si256(bytes, _mm256_set1_epi8(char(mask))); }
+inline Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+// By bits that are masked afterwards: what crosses from byte to byte is not seen.
+template <int Bits>
+inline Bytes left(Bytes bytes) {
+  return Bits ? _mm256_slli_epi16(bytes, Bits) : bytes;
+}
+template <int Bits>
+inline Bytes right(Bytes bytes) {
+  return Bits ? _mm256_srli_epi16(bytes, Bits) : bytes;
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "codes.h"
+
+namespace corral {
+namespace {
 
 inline __m256i broadcast(const int8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof word);
   return _mm256_set1_epi32(word);
 }
-
-// The codes of half the outputs and the `Four`th four inputs of a step.
-struct Int4 {
-  static constexpr int32_t kBits = 4, kStep = 8;
-  template <int Four>
-  static inline __m256i load(const uint8_t* step) {
-    const __m256i pair = vector(step + 64 * (Four / 2));
-    return _mm256_and_si256(Four % 2 ? _mm256_srli_epi16(pair, 4) : pair, _mm256_set1_epi8(15));
-  }
-};
-
-struct Int2 {
-  static constexpr int32_t kBits = 2, kStep = 16;
-  template <int Four>
-  static inline __m256i load(const uint8_t* step) {
-    const __m256i four = vector(step + 64 * (Four / 4));
-    return _mm256_and_si256(Four % 4 ? _mm256_srli_epi16(four, 2 * (Four % 4)) : four, _mm256_set1_epi8(3));
-  }
-};
-
-struct Int3 {
-  static constexpr int32_t kBits = 3, kStep = 32;
-  template <int Four>
-  static inline __m256i load(const uint8_t* step) {
-    const __m256i all = vector(step + 128);
-    const __m256i high = Four < 2 ? _mm256_slli_epi16(all, 2 - Four) : _mm256_srli_epi16(all, Four - 2);
-    return _mm256_or_si256(Int2::load<Four>(step), _mm256_and_si256(high, _mm256_set1_epi8(4)));
-  }
-};
 
 struct Int8 {
   static constexpr int32_t kBits = 8, kStep = 8;
@@ -147,15 +140,6 @@ void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int
   if (row < panel.rows) multiply<Codes, 1>(tile, panel, row, inputs, y + row * row_stride, row_stride);
 }
 
-template <class Codes>
-void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
-  one_tile<Codes>(first, panel, inputs, y, row_stride);
-  one_tile<Codes>(second, panel, inputs, y + kTileOutputs, row_stride);
-}
-
-template <class Codes>
-constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
-
 // --- attention ---
 
 struct Lanes {
@@ -187,12 +171,11 @@ inline void sums(const Lanes* lanes, float* into) {
 }  // namespace
 }  // namespace corral
 
-#include "attention_kernels.h"
+#include "kernel_table.h"
 
 namespace corral {
 
-extern const Kernels kAvx2{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
-                           swiglu_rows,     norm_row,        add_rows,        kAttention};
+extern const Kernels kAvx2 = kKernels;
 
 }  // namespace corral
 #if defined(__clang__)

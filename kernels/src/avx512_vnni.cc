@@ -16,48 +16,43 @@ namespace {
 
 constexpr int64_t kPrefetchBytes = 3072;  // ahead of the tile being read; past the end it does nothing
 
+using Bytes = __m512i;
+
+inline Bytes vector(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
+inline Bytes masked(Bytes bytes, int mask) { return _mm512_and_si512(bytes, _mm512_set1_epi8(char(mask))); }
+inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+// By bits that are masked afterwards: what crosses from byte to byte is not seen.
+template <int Bits>
+inline Bytes left(Bytes bytes) {
+  return Bits ? _mm512_slli_epi16(bytes, Bits) : bytes;
+}
+template <int Bits>
+inline Bytes right(Bytes bytes) {
+  return Bits ? _mm512_srli_epi16(bytes, Bits) : bytes;
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "codes.h"
+
+namespace corral {
+namespace {
+
+struct Int8 {
+  static constexpr int32_t kBits = 8, kStep = 8;
+
+  template <int Four>
+  static inline Bytes load(const uint8_t* step) {
+    return vector(step + 64 * Four);
+  }
+};
+
 inline __m512i broadcast(const int8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof word);
   return _mm512_set1_epi32(word);
 }
-
-// The codes of the `Four`th four inputs of a step.
-struct Int8 {
-  static constexpr int32_t kBits = 8, kStep = 8;
-  template <int Four>
-  static inline __m512i load(const uint8_t* step) {
-    return _mm512_loadu_si512(step + 64 * Four);
-  }
-};
-
-struct Int4 {
-  static constexpr int32_t kBits = 4, kStep = 8;
-  template <int Four>
-  static inline __m512i load(const uint8_t* step) {
-    const __m512i pair = _mm512_loadu_si512(step + 64 * (Four / 2));
-    return _mm512_and_si512(Four % 2 ? _mm512_srli_epi16(pair, 4) : pair, _mm512_set1_epi8(15));
-  }
-};
-
-struct Int2 {
-  static constexpr int32_t kBits = 2, kStep = 16;
-  template <int Four>
-  static inline __m512i load(const uint8_t* step) {
-    const __m512i four = _mm512_loadu_si512(step + 64 * (Four / 4));
-    return _mm512_and_si512(Four % 4 ? _mm512_srli_epi16(four, 2 * (Four % 4)) : four, _mm512_set1_epi8(3));
-  }
-};
-
-struct Int3 {
-  static constexpr int32_t kBits = 3, kStep = 32;
-  template <int Four>
-  static inline __m512i load(const uint8_t* step) {
-    const __m512i all = _mm512_loadu_si512(step + 128);
-    const __m512i high = Four < 2 ? _mm512_slli_epi16(all, 2 - Four) : _mm512_srli_epi16(all, Four - 2);
-    return _mm512_or_si512(Int2::load<Four>(step), _mm512_and_si512(high, _mm512_set1_epi8(4)));
-  }
-};
 
 // Adds the products of a step's fours from `Four` on, to each of the sums in turn.
 template <class Codes, int Rows, int Tiles, int Sums, int Four = 0>
@@ -152,9 +147,6 @@ void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs
   kTwo<Codes>[panel.rows - 1](tiles, panel, inputs, y, row_stride);
 }
 
-template <class Codes>
-constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
-
 // --- attention ---
 
 struct Lanes {
@@ -192,12 +184,11 @@ inline void sums(const Lanes* lanes, float* into) {
 }  // namespace
 }  // namespace corral
 
-#include "attention_kernels.h"
+#include "kernel_table.h"
 
 namespace corral {
 
-extern const Kernels kAvx512Vnni{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
-                                 swiglu_rows,     norm_row,        add_rows,        kAttention};
+extern const Kernels kAvx512Vnni = kKernels;
 
 }  // namespace corral
 #if defined(__clang__)

@@ -44,7 +44,7 @@ FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, 
 void feed_forward(const Kernels& kernels, const ort::Workers& workers, const FeedForward& weights, const float* x,
                   const std::vector<Visit>& visits, float* answers) {
   const Weights &gate_up = weights.gate_up, &down = weights.down;
-  const Products &into = gate_up.products(kernels), &back = down.products(kernels);
+  const Products &into = products_of(kernels, gate_up.bits), &back = products_of(kernels, down.bits);
   const int64_t rows = int64_t(visits.size()), hidden = weights.hidden(), width = weights.width();
   std::vector<PanelPlace> places;
   std::vector<ExpertPanels> experts;

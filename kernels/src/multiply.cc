@@ -8,7 +8,7 @@ namespace corral {
 
 void multiply(const Kernels& kernels, const ort::Workers& workers, const Weights& weights, const float* x, int64_t rows,
               float* y) {
-  const Products& products = weights.products(kernels);
+  const Products& products = products_of(kernels, weights.bits);
   std::vector<PanelPlace> places;
   cut_into_panels(0, rows, places);
   Activations activations(rows, weights.inputs);

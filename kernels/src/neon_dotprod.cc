@@ -9,51 +9,50 @@
 
 #include "elementwise.h"
 #include "kernels.h"
+#include "tile_by_tile.h"
 
 namespace corral {
 namespace {
 
 constexpr int kParts = 4;  // vectors of 4 outputs in a tile
 
-// The codes of 4 outputs and the `Four`th four inputs of a step, as signed numbers, from which kZero is still to be
-// subtracted.
+using Bytes = uint8x16_t;
+
+inline Bytes vector(const uint8_t* bytes) { return vld1q_u8(bytes); }
+inline Bytes masked(Bytes bytes, int mask) { return vandq_u8(bytes, vdupq_n_u8(uint8_t(mask))); }
+inline Bytes either(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+template <int Bits>
+inline Bytes left(Bytes bytes) {
+  if constexpr (Bits > 0) bytes = vshlq_n_u8(bytes, Bits);
+  return bytes;
+}
+template <int Bits>
+inline Bytes right(Bytes bytes) {
+  if constexpr (Bits > 0) bytes = vshrq_n_u8(bytes, Bits);
+  return bytes;
+}
+
+}  // namespace
+}  // namespace corral
+
+#include "codes.h"
+
+namespace corral {
+namespace {
+
+// The dot product takes signed bytes. With the sign bit turned, codes of 8 bits are what they stand for; from others the zero
+// point is still to be subtracted.
 struct Int8 {
-  static constexpr int32_t kBits = 8, kStep = 8, kZero = 0;  // with the sign bit turned, codes are what they stand for
+  static constexpr int32_t kBits = 8, kStep = 8;
+
   template <int Four>
-  static inline int8x16_t load(const uint8_t* step) {
-    return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(step + 64 * Four), vdupq_n_u8(128)));
+  static inline Bytes load(const uint8_t* step) {
+    return veorq_u8(vector(step + 64 * Four), vdupq_n_u8(128));
   }
 };
 
-struct Int4 {
-  static constexpr int32_t kBits = 4, kStep = 8, kZero = 8;
-  template <int Four>
-  static inline int8x16_t load(const uint8_t* step) {
-    const uint8x16_t pair = vld1q_u8(step + 64 * (Four / 2));
-    return vreinterpretq_s8_u8(Four % 2 ? vshrq_n_u8(pair, 4) : vandq_u8(pair, vdupq_n_u8(15)));
-  }
-};
-
-struct Int2 {
-  static constexpr int32_t kBits = 2, kStep = 16, kZero = 2;
-  template <int Four>
-  static inline int8x16_t load(const uint8_t* step) {
-    uint8x16_t four = vld1q_u8(step + 64 * (Four / 4));
-    if constexpr (Four % 4 > 0) four = vshrq_n_u8(four, 2 * (Four % 4));
-    return vreinterpretq_s8_u8(vandq_u8(four, vdupq_n_u8(3)));
-  }
-};
-
-struct Int3 {
-  static constexpr int32_t kBits = 3, kStep = 32, kZero = 4;
-  template <int Four>
-  static inline int8x16_t load(const uint8_t* step) {
-    uint8x16_t high = vld1q_u8(step + 128);
-    if constexpr (Four < 2) high = vshlq_n_u8(high, 2 - Four);
-    if constexpr (Four > 2) high = vshrq_n_u8(high, Four - 2);
-    return vorrq_s8(Int2::load<Four>(step), vreinterpretq_s8_u8(vandq_u8(high, vdupq_n_u8(4))));
-  }
-};
+template <class Codes>
+constexpr int32_t kZero = Codes::kBits == 8 ? 0 : 1 << (Codes::kBits - 1);
 
 // Four inputs of a row, as often as a vector holds them.
 inline int8x16_t broadcast(const int8_t* codes) {
@@ -68,7 +67,7 @@ inline void add_step(const uint8_t* step, const int8_t* x, int64_t rows, int32x4
   int8x16_t inputs[Rows];
   for (int i = 0; i < Rows; i++) inputs[i] = broadcast(x + 4 * (Four * rows + i));
   for (int part = 0; part < kParts; part++) {
-    const int8x16_t w = Codes::template load<Four>(step + 16 * part);
+    const int8x16_t w = vreinterpretq_s8_u8(Codes::template load<Four>(step + 16 * part));
     for (int i = 0; i < Rows; i++) sum[i][part] = vdotq_s32(sum[i][part], w, inputs[i]);
   }
   if constexpr (4 * (Four + 1) < Codes::kStep) add_step<Codes, Rows, Four + 1>(step, x, rows, sum);
@@ -85,7 +84,7 @@ inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs i
     const int64_t first = group * inputs.group, at = group * panel.rows + row;
     int32x4_t sum[Rows][kParts];
     for (int i = 0; i < Rows; i++) {
-      for (int32x4_t& s : sum[i]) s = vdupq_n_s32(-Codes::kZero * panel.sums[at + i]);
+      for (int32x4_t& s : sum[i]) s = vdupq_n_s32(-kZero<Codes> * panel.sums[at + i]);
     }
     for (int64_t k = first; k < first + inputs.group; k += Codes::kStep) {
       add_step<Codes, Rows>(tile.codes + 2 * Codes::kBits * k, panel.codes + k * panel.rows + 4 * row, panel.rows, sum);
@@ -111,15 +110,6 @@ void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int
   for (; row + 2 <= panel.rows; row += 2) multiply<Codes, 2>(tile, panel, row, inputs, y + row * row_stride, row_stride);
   if (row < panel.rows) multiply<Codes, 1>(tile, panel, row, inputs, y + row * row_stride, row_stride);
 }
-
-template <class Codes>
-void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
-  one_tile<Codes>(first, panel, inputs, y, row_stride);
-  one_tile<Codes>(second, panel, inputs, y + kTileOutputs, row_stride);
-}
-
-template <class Codes>
-constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
 
 // --- attention ---
 
@@ -157,12 +147,11 @@ inline void sums(const Lanes* lanes, float* into) {
 }  // namespace
 }  // namespace corral
 
-#include "attention_kernels.h"
+#include "kernel_table.h"
 
 namespace corral {
 
-extern const Kernels kNeonDotprod{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
-                                  swiglu_rows,     norm_row,        add_rows,        kAttention};
+extern const Kernels kNeonDotprod = kKernels;
 
 }  // namespace corral
 #if defined(__clang__)

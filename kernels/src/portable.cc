@@ -1,29 +1,24 @@
 // Kernels in plain C++: what every other instruction set must equal bit by bit.
 #include "elementwise.h"
 #include "kernels.h"
+#include "tile_by_tile.h"
 
 namespace corral {
 namespace {
 
-// The code of one output and of input k of a block.
-struct Int8 {
-  static constexpr int32_t kBits = 8;
-  static int32_t code(const uint8_t* block, int64_t output, int64_t k) { return block[64 * (k / 4) + 4 * output + k % 4]; }
-};
-
-struct Int4 {
-  static constexpr int32_t kBits = 4;
+// The code of one output and of input k of a block, where a vector is shared by whole fours.
+template <int bits>
+struct Packed {
+  static constexpr int32_t kBits = bits;
   static int32_t code(const uint8_t* block, int64_t output, int64_t k) {
-    return block[64 * (k / 8) + 4 * output + k % 4] >> (4 * (k / 4 % 2)) & 15;
+    constexpr int64_t shared = 8 / bits;
+    return block[64 * (k / 4 / shared) + 4 * output + k % 4] >> (bits * (k / 4 % shared)) & ((1 << bits) - 1);
   }
 };
 
-struct Int2 {
-  static constexpr int32_t kBits = 2;
-  static int32_t code(const uint8_t* block, int64_t output, int64_t k) {
-    return block[64 * (k / 16) + 4 * output + k % 4] >> (2 * (k / 4 % 4)) & 3;
-  }
-};
+using Int2 = Packed<2>;
+using Int4 = Packed<4>;
+using Int8 = Packed<8>;
 
 struct Int3 {
   static constexpr int32_t kBits = 3;
@@ -55,15 +50,6 @@ void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int
     std::memcpy(y + row * row_stride, total, sizeof total);
   }
 }
-
-template <class Codes>
-void two_tiles(const Tile& first, const Tile& second, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
-  one_tile<Codes>(first, panel, inputs, y, row_stride);
-  one_tile<Codes>(second, panel, inputs, y + kTileOutputs, row_stride);
-}
-
-template <class Codes>
-constexpr Products kProducts{one_tile<Codes>, two_tiles<Codes>};
 
 // --- attention ---
 
@@ -104,11 +90,10 @@ inline void sums(const Lanes* lanes, float* into) {
 }  // namespace
 }  // namespace corral
 
-#include "attention_kernels.h"
+#include "kernel_table.h"
 
 namespace corral {
 
-extern const Kernels kPortable{quantize_row,    kProducts<Int2>, kProducts<Int3>, kProducts<Int4>, kProducts<Int8>,
-                               swiglu_rows,     norm_row,        add_rows,        kAttention};
+extern const Kernels kPortable = kKernels;
 
 }  // namespace corral

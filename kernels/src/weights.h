@@ -22,11 +22,12 @@ struct Weights {
     const int64_t i = expert * tiles + index;
     return {codes + i * inputs.count * kTileOutputs * bits / 8, scales + i * (inputs.count / inputs.group) * kTileOutputs};
   }
-
-  const Products& products(const Kernels& kernels) const {
-    return bits == 2 ? kernels.int2 : bits == 3 ? kernels.int3 : bits == 4 ? kernels.int4 : kernels.int8;
-  }
 };
+
+// Those that multiply with codes of so many bits.
+inline const Products& products_of(const Kernels& kernels, int64_t bits) {
+  return bits == 2 ? kernels.int2 : bits == 3 ? kernels.int3 : bits == 4 ? kernels.int4 : kernels.int8;
+}
 
 // The weights at inputs `first` and `first + 1` of an operator; the attribute `bits` says what the codes have. Throws
 // ort::Failure where types or shapes do not fit each other; `rank` is that of the codes: 2, or 3 with experts.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "weights.h"
 
 using namespace corral;
 
@@ -48,10 +49,6 @@ Rows quantized(const Kernels& kernels, const std::vector<float>& x, int64_t rows
   return made;
 }
 
-const Products& products(const Kernels& kernels, int64_t bits) {
-  return bits == 2 ? kernels.int2 : bits == 3 ? kernels.int3 : bits == 4 ? kernels.int4 : kernels.int8;
-}
-
 template <class T>
 bool equal(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
@@ -64,7 +61,7 @@ const char* first_difference(const Kernels& kernels, int64_t rows, Inputs inputs
   if (!equal(here.codes, there.codes) || !equal(here.scales, there.scales) || !equal(here.sums, there.sums)) return "quantize";
   const Matrix weights = matrix(inputs, bits, extreme);
   const Tile first = weights.tile(0, inputs, bits), second = weights.tile(1, inputs, bits);
-  const Products &mine = products(kernels, bits), &theirs = products(kPortable, bits);
+  const Products &mine = products_of(kernels, bits), &theirs = products_of(kPortable, bits);
   const int64_t stride = 2 * kTileOutputs;
   std::vector<float> got(rows * stride), want(rows * stride);
   mine.one_tile(first, here.panel(rows), inputs, got.data(), stride);

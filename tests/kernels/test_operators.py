@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,18 +108,6 @@ def session(
 INSTRUCTION_SETS = ("portable", "avx2", "avx512_vnni")
 
 
-@contextmanager
-def forced(instruction_set: str) -> Iterator[None]:
-    """Sessions opened inside compute with these kernels; skips the test where the processor lacks them."""
-    os.environ[VARIABLE] = instruction_set
-    try:
-        if find_library().instruction_set != instruction_set:
-            pytest.skip(f"this processor has no {instruction_set}")
-        yield
-    finally:
-        del os.environ[VARIABLE]
-
-
 def matmul(matrix: Matrix, x: Array, **options: Any) -> Array:
     return session("TiledMatMul", matrix.stored, bits=matrix.bits, **options).run(None, {"x": x})[0]
 
@@ -143,6 +131,7 @@ def sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
+Forced = Callable[[str], AbstractContextManager[None]]
 See = Callable[[Array], Array]  # what a product makes of its activations before it multiplies
 
 
@@ -198,7 +187,7 @@ BITS = st.sampled_from(ALL_BITS)
 @given(shape=SHAPES, bits=BITS)
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_a_matrix_product_is_that_of_the_rounded_activations(
-    instruction_set: str, shape: tuple[int, int, int, int, int], bits: int
+    forced: Forced, instruction_set: str, shape: tuple[int, int, int, int, int], bits: int
 ) -> None:
     """Given int8 activations, only float32 sums over groups are inexact."""
     tokens, tiles, groups, group, seed = shape
@@ -213,7 +202,9 @@ def test_a_matrix_product_is_that_of_the_rounded_activations(
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize(("bits", "code"), [(bits, code) for bits in ALL_BITS for code in (0, 1, 2**bits - 1)])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_codes_do_not_overflow(instruction_set: str, bits: int, code: int, sign: int) -> None:
+def test_the_largest_codes_do_not_overflow(
+    forced: Forced, instruction_set: str, bits: int, code: int, sign: int
+) -> None:
     matrix = Matrix(np.full((16, 256), code, np.uint8), np.ones((16, 2), np.float32), bits)
     x = np.full((5, 256), sign * 127, np.float32)
     with forced(instruction_set):
@@ -224,7 +215,11 @@ def test_the_largest_codes_do_not_overflow(instruction_set: str, bits: int, code
 @given(shape=SHAPES, experts_and_k=st.sampled_from(((1, 1), (4, 1), (5, 2), (3, 3))), bits=st.tuples(BITS, BITS))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_experts_and_feed_forward_compute_their_definition(
-    instruction_set: str, shape: tuple[int, int, int, int, int], experts_and_k: tuple[int, int], bits: tuple[int, int]
+    forced: Forced,
+    instruction_set: str,
+    shape: tuple[int, int, int, int, int],
+    experts_and_k: tuple[int, int],
+    bits: tuple[int, int],
 ) -> None:
     """Within what int8 activations cost: 3 % in the norm even for one token and small groups."""
     tokens, tiles, groups, group, seed = shape
@@ -330,7 +325,7 @@ def matmul_nbits(matrix: Matrix, x: Array, group: int) -> Array:
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(bits: int) -> None:
+def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(forced: Forced, bits: int) -> None:
     rng = np.random.default_rng(5)
     gate_up = [random_matrix(rng, 2 * 160, 96, 32, bits) for _ in range(6)]
     down = [random_matrix(rng, 96, 160, 32, bits) for _ in range(6)]
@@ -434,7 +429,7 @@ def test_activations_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 31, 63])
-def test_what_is_not_finite_is_refused(instruction_set: str, value: float, place: int) -> None:
+def test_what_is_not_finite_is_refused(forced: Forced, instruction_set: str, value: float, place: int) -> None:
     x = X.copy()
     x[1, place] = value
     with forced(instruction_set):
