@@ -60,11 +60,11 @@ def test_rows_that_were_kept_give_the_same_bits_whatever_they_hold(
     bundle = tiny_bundle("scout", "cpu", "int4", "corral", kv)
     params = dataclasses.replace(PARAMS, logprobs=1 << 20)  # of every token: as good as the logits
 
-    def opened(**options: float) -> LLM:
-        llm = LLM(bundle, **options)
+    def opened(prefix_cache_gb: float = 0) -> LLM:
+        llm = LLM(bundle, prefix_cache_gb=prefix_cache_gb)
         engine, layouts = llm._engine, llm.bundle.manifest.kv
         assert isinstance(engine._cache, KvCache)
-        if options:  # blocks that end amid chunks, too
+        if prefix_cache_gb:  # blocks that end amid chunks, too
             engine._prefixes = PrefixCache(engine._cache, layouts, 1 << 24, block_tokens=4)
         return llm
 
