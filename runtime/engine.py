@@ -149,8 +149,9 @@ class Engine:
     def _prefill(self, work: Prefill) -> None:
         """Read a piece of a prompt; its last token gives the first of the answer."""
         request, start = work.request, work.request.position
-        # Room for the whole prompt and the first token at once, rather than growing on the way.
-        self._reserve(len(request.prompt_ids) + 1)
+        # Room for prompt and answer at once: growing copies the cache, and for that time there are two. Not for an answer
+        # longer than the prompt, which may end long before its limit.
+        self._reserve(len(request.prompt_ids) + min(request.max_tokens, len(request.prompt_ids)))
         if self._prefixes and not start:
             known = self._prefixes.restore(request.prompt_ids, work.slot)
             request.position = request.cached_tokens = known
