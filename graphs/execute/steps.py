@@ -14,10 +14,10 @@ from corral.graphs.quantize.e4m3 import e4m3, gains, input_scale
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
-from corral.graphs.quantize.pack import pack_columns, pack_rows, pack_signed_rows
+from corral.graphs.quantize.pack import pack_columns, pack_rows, pack_signed_rows, pack_zero_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.graphs.quantize.rtn_mse import rtn_mse
-from corral.graphs.quantize.tiles import tile_codes, tile_scales
+from corral.graphs.quantize.tiles import tile_codes, tile_scales, tile_zeros
 from corral.spec.errors import InputError
 
 NUMPY_TYPE: dict[str, Any] = {
@@ -79,9 +79,11 @@ STEPS: dict[str, Callable[..., Any]] = {
     "take": take,
     "pack_rows": pack_rows,
     "pack_signed_rows": pack_signed_rows,
+    "pack_zero_rows": pack_zero_rows,
     "pack_columns": pack_columns,
     "tile_codes": tile_codes,
     "tile_scales": tile_scales,
+    "tile_zeros": tile_zeros,
     "pack_fragments": pack_fragments,
     "fragment_scales": fragment_scales,
 }
