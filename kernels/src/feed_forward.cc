@@ -26,8 +26,9 @@ void cut_by_expert(const std::vector<Visit>& visits, std::vector<PanelPlace>& pl
 }  // namespace
 
 FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank) {
-  const FeedForward weights{read_weights(api, info, first, rank, "gate_up_bits", "gate_up"),
-                            read_weights(api, info, first + 2, rank, "down_bits", "down")};
+  const FeedForward weights{
+      read_weights(api, info, {first, first + 1, first + 4}, rank, "gate_up_bits", "gate_up"),
+      read_weights(api, info, {first + 2, first + 3, first + 5}, rank, "down_bits", "down")};
   const Weights &gate_up = weights.gate_up, &down = weights.down;
   if (gate_up.tiles % 2 || down.inputs.count != weights.width() || down.outputs() != weights.hidden() ||
       gate_up.experts != down.experts) {

@@ -24,7 +24,8 @@ struct FeedForward {
   int64_t width() const { return gate_up.outputs() / 2; }
 };
 
-// Throws ort::Failure where the two matrices do not fit each other.
+// Inputs `first` to `first + 3` are codes and scales of both; zero points may follow. Throws ort::Failure where the two
+// matrices do not fit each other.
 FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank);
 
 // `visits` are sorted by expert. x [tokens, hidden], answers [answers, hidden].

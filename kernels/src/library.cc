@@ -16,7 +16,7 @@ namespace corral {
 namespace {
 
 // Of the operators and of the layout of their weights; equal to spec/cpu_ops.py's.
-constexpr int kVersion = 2;
+constexpr int kVersion = 3;
 constexpr const char* kDomain = "corral.cpu";
 
 bool new_enough(const char* version) {

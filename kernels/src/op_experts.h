@@ -1,5 +1,5 @@
-// TiledExperts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales; k, gate_up_bits, down_bits)
-//   -> y [..., H]
+// TiledExperts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales, gate_up's zero points?, down's?;
+//              k, gate_up_bits, down_bits) -> y [..., H]
 //
 // The routed experts as corral::MoE defines them: the sum over a token's k largest logits of expert(sigmoid(logit) x).
 // Weights as in TiledFeedForward, with a leading axis of E experts.
@@ -20,7 +20,8 @@ namespace corral {
 class TiledExperts {
  public:
   static constexpr const char* kName = "TiledExperts";
-  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,         ort::kFloat16,
+                                     ort::kUint8, ort::kFloat16, {ort::kUint8, true}, {ort::kUint8, true}};
   static constexpr Port kOutputs[] = {ort::kFloat};
 
   TiledExperts(const ort::Api& api, const ort::KernelInfo* info)
