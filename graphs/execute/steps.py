@@ -54,12 +54,16 @@ def take(array: NDArray[np.generic], *, axis: int, start: int, stop: int) -> NDA
     return array[start:stop] if axis == 0 else array[:, start:stop]
 
 
-def as_published(stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int) -> Mapping[str, NDArray[Any]]:
+def as_published(
+    stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int, asymmetric: bool = False
+) -> Mapping[str, NDArray[Any]]:
     """Codes and scales as the checkpoint has them, in the form that quantizers give: unsigned codes of `bits`, uint8
-    [outputs, inputs], and float32 scales [outputs, inputs / group_size]."""
+    [outputs, inputs], float32 scales [outputs, inputs / group_size], and with `asymmetric` zeros, uint8, alike."""
     rows, columns = stored["codes"].shape
     if stored["scales"].shape != (rows, columns // group_size) or columns % group_size or bits != 4:
         raise AssertionError(f"codes {rows} x {columns}, scales {stored['scales'].shape}: not int{bits} g{group_size}")
+    if ("zeros" in stored) != asymmetric:
+        raise AssertionError(f"asymmetric is {asymmetric}, and the checkpoint has {', '.join(stored)}")
     return stored
 
 
