@@ -148,25 +148,23 @@ def _search_zeros(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Scales and zero points [rows, groups] of a block [rows, groups, group_size]: the `symmetric` scales, or better ones."""
     extreme = np.maximum(groups.max(axis=2), -groups.min(axis=2))
-    unit = np.where(extreme > 0, extreme, 1)[..., None]  # errors can neither overflow nor vanish
-    relative = groups / unit
-    best = symmetric / unit[..., 0], zeros_of(None, symmetric, bits)
+    unit = np.where(extreme > 0, extreme, 1).astype(np.float32)
+    relative = groups / unit[..., None]  # in -1 … 1: errors can neither overflow nor vanish
+    scales, zeros = symmetric / unit, zeros_of(None, symmetric, bits)
     least = np.full(extreme.shape, np.inf, np.float32)
 
     def keep(scale: NDArray[np.float32], zero: NDArray[np.float32]) -> None:
-        nonlocal best, least
         codes = nearest_codes(relative, scale[..., None], bits, zero[..., None])
         error = _error(relative, codes, scale[..., None], weights)
-        best = np.where(error < least, scale, best[0]), np.where(error < least, zero, best[1])
-        least = np.minimum(error, least)
+        better = error < least
+        least[better], scales[better], zeros[better] = error[better], scale[better], zero[better]
 
-    keep(*best)
+    keep(scales, zeros)
     for scale, zero in clipped_ranges(relative, bits, ratios):
         keep(scale, zero)
-    codes = nearest_codes(relative, best[0][..., None], bits, best[1][..., None])
-    keep(least_squares_scale(relative, codes, weights, best[0]), best[1])
-    found = np.maximum(best[0] * unit[..., 0], np.finfo(np.float32).tiny)
-    return np.where(extreme > 0, found, symmetric), best[1]
+    codes = nearest_codes(relative, scales[..., None], bits, zeros[..., None])
+    keep(least_squares_scale(relative, codes, weights, scales), zeros)
+    return np.where(extreme > 0, np.maximum(scales * unit, np.finfo(np.float32).tiny), symmetric), zeros
 
 
 def clipped_ranges(

@@ -71,8 +71,8 @@ class Checkpoint:
         if not source.as_stored:
             return self.read(source)
         store: QuantizedTensorStore = self.store  # type: ignore[assignment]  # such a source is of a quantized tensor
-        stored = store.read_codes(source.tensor, self._where(source))
-        return {name: (part.t() if source.transposed else part).contiguous().numpy() for name, part in stored.items()}
+        parts = store.read_codes(source.tensor, self._where(source))
+        return {name: (part.t() if source.transposed else part).contiguous().numpy() for name, part in parts.items()}
 
     def read_raw(self, source: Source) -> NDArray[np.generic]:
         """The slice in the checkpoint's own dtype; numpy has no bfloat16, so its bits come as uint16."""
