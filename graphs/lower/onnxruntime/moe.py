@@ -36,8 +36,6 @@ SWIGLU: dict[str, int | float | str] = {
     "normalize_routing_weights": 1,
     "k": 1,
 }
-
-
 NO_THIRD_MATRIX = (None, None, None)  # codes, scales and bias that other models' experts have
 
 
