@@ -68,6 +68,7 @@ RECIPE_HELP = {
     "expert_tiles": "Of engines: tiles of the experts' columns; 0: chosen for the GPU.",
     "weight_streaming": "Of engines: build them so that part of the weights may stay in the host's memory.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
+    "asymmetric": "Give each group of int4, int3 or int2 codes a zero point of its own.",
 }
 
 

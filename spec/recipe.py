@@ -15,7 +15,7 @@ from corral.spec.errors import InputError
 from corral.spec.gpus import capability_of
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
 from corral.spec.rule import Rule
-from corral.spec.target import check_capability, target_named
+from corral.spec.target import TARGETS, check_capability, target_named
 
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
@@ -33,6 +33,7 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    asymmetric: bool = False  # each group of codes has a zero point of its own
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
     kv: str = "float"  # the KV cache: in the target's float type, or with kernels "corral" in int8 or int4
     calibration: str = "python-library"  # of calibrated methods and fp8: a UTF-8 file, or a text that corral ships
@@ -66,6 +67,16 @@ class Recipe:
             )
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
+        if self.asymmetric and not scheme.takes_zero_points:
+            raise InputError(
+                f"asymmetric codes have up to 4 bits, and {scheme.name} weights were asked for. Leave asymmetric out, or say "
+                "it in a rule for matrices of int4."
+            )
+        if self.asymmetric and not target.zero_points:
+            able = ", ".join(other.name for other in TARGETS.values() if other.zero_points)
+            raise InputError(
+                f"the kernels of target {target.name} take no zero points. Leave asymmetric out, or use target {able}."
+            )
         if self.kernels not in target.kernels:
             raise InputError(
                 f'kernels "{self.kernels}" are not known for target {target.name}; expected one of '
@@ -124,6 +135,8 @@ class Recipe:
         changes = rule.changes()
         if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
             changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
+        if "weights" in changes and not scheme_named(changes["weights"]).takes_zero_points:
+            changes = {"asymmetric": False} | changes
         # Where corral has no kernels for a matrix, those of ONNX Runtime compute it, or the lowering refuses.
         kernels = self.kernels if changes.get("weights", self.weights) in cpu_ops.WEIGHTS else "stock"
         # The KV cache is no matrix's concern.

@@ -25,6 +25,7 @@ class Target:
         "stock",
     )  # "stock": the backend's own; "corral": also corral's CPU kernels, for `cpu_ops.WEIGHTS`
     kv_dtype: str = "float32"  # of the caches
+    zero_points: bool = False  # whether its lowering takes asymmetric codes
     wide_batches: bool = False  # whether a step may have several sequences of several tokens each, with a past
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
@@ -53,6 +54,7 @@ TARGETS = {
             weights=("fp32", "int8", "int4"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
+            zero_points=True,
             wide_batches=True,
         ),
         Target(
@@ -62,6 +64,7 @@ TARGETS = {
             requires=(("onnxruntime", "1.31"),),
             opset=24,
             kernels=("stock", "corral"),
+            zero_points=True,
         ),
         Target(
             name="cuda",

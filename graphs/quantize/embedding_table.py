@@ -51,6 +51,11 @@ def _check(entry: Entry, recipe: Recipe, hidden: int) -> None:
         raise InputError(
             f"a rule asks for {recipe.weights} embeddings; a table is stored in int8, int4 or as published."
         )
+    if recipe.asymmetric:
+        raise InputError(
+            "asymmetric codes were asked for, and the embedding table has no zero points. Say asymmetric = false in the rule "
+            f"for {EMBEDDING.removesuffix('.weight')}."
+        )
     if hidden % recipe.group_size:
         raise InputError(f"group size {recipe.group_size} does not divide the {hidden} numbers of an embedding.")
     if entry.published and not recipe.requantize:

@@ -58,6 +58,27 @@ def test_later_rules_beat_earlier_ones_key_by_key(weight: str, expected: tuple[s
     assert (found.weights, found.group_size, found.method, found.rules) == (*expected, ())
 
 
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("layers.0.feed_forward.experts.down_proj", ("int4", True)),
+        ("layers.0.self_attn.k_proj.weight", ("int4", False)),
+        ("layers.0.self_attn.q_proj.weight", ("int8", False)),  # without a word: they have no zero points
+        ("lm_head.weight", ("fp32", False)),
+    ],
+)
+def test_codes_are_asymmetric_where_they_can_be_and_no_rule_says_otherwise(
+    weight: str, expected: tuple[str, bool]
+) -> None:
+    rules = (
+        Rule(matrices="layers.*.self_attn.k_proj", asymmetric=False),
+        Rule(matrices="layers.*.self_attn.q_proj", weights="int8"),
+        Rule(matrices="lm_head", weights="fp32"),
+    )
+    found = Recipe(asymmetric=True, rules=rules).of(weight)
+    assert (found.weights, found.asymmetric) == expected
+
+
 def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('weights = "int8"\ngroup_size = 32\n')
     assert read_recipe(tmp_path / "recipe.toml", group_size=64, weights=None) == Recipe(weights="int8", group_size=64)
@@ -104,6 +125,21 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         (
             {"target": "tensorrt", "method": "awq", "rules": [{"matrices": "lm_head", "weights": "fp8"}]},
             r'rule for "lm_head": method awq scales inputs that matrices share',
+        ),
+        ({"asymmetric": 1}, "asymmetric is 1, expected a bool"),
+        (
+            {"asymmetric": True, "weights": "int8"},
+            "asymmetric codes have up to 4 bits, and int8 weights were asked for",
+        ),
+        (
+            {"asymmetric": True, "weights": "fp32"},
+            "up to 4 bits, and fp32 weights were asked for. Leave asymmetric out",
+        ),
+        ({"asymmetric": True, "target": "cuda"}, "target cuda take no zero points. .* use target portable, cpu"),
+        ({"asymmetric": True, "target": "tensorrt"}, "target tensorrt take no zero points"),
+        (
+            {"rules": [{"matrices": "*", "weights": "int8", "asymmetric": True}]},
+            r'rule for "\*": asymmetric codes have up to 4 bits',
         ),
         ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
     ],
