@@ -9,6 +9,7 @@ from typing import Any, Literal
 from corral.spec.recipe import Recipe
 from corral.tune.choice import Choice
 from corral.tune.parts import Part
+from corral.validate.statistics import Spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Tuned:
     tried: tuple[Tried, ...]
     kl: float  # of all that was chosen together, measured
     bytes: int  # of the bundle
-    tokens_per_second: float | None  # estimated, where asked for
+    tokens_per_second: Spread | None  # where asked for: timed once more when it was chosen
     tokens: int  # that divergence was measured on
     text: str
 
@@ -53,5 +54,6 @@ class Tuned:
 
     def to_json(self) -> dict[str, Any]:
         rows = {name: [tried.to_json() for tried in getattr(self, name)] for name in ("chosen", "tried")}
-        numbers = {name: getattr(self, name) for name in ("kl", "bytes", "tokens_per_second", "tokens", "text")}
+        numbers = {name: getattr(self, name) for name in ("kl", "bytes", "tokens", "text")}
+        numbers["tokens_per_second"] = dataclasses.asdict(self.tokens_per_second) if self.tokens_per_second else None
         return {"recipe": self.recipe.to_json(), **numbers, "kl_sum_of_parts": self.sum_of_parts, **rows}
