@@ -204,12 +204,11 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
 
 def rules_toml(rules: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str:
     """Rules as a TOML array, one a line, each with its remark where there are any."""
-    lines = []
-    for i, rule in enumerate(rules):
-        remark = remarks[i] if i < len(remarks) else ""
-        pairs = ", ".join(f"{key} = {_toml(value)}" for key, value in rule.items())
-        lines.append(f"  {{ {pairs} }}," + (f"  # {remark}" if remark else ""))
-    return "\n".join(["rules = [", *lines, "]", ""])
+    tables = [", ".join(f"{key} = {_toml(value)}" for key, value in rule.items()) for rule in rules]
+    lines = [f"  {{ {table} }}," for table in tables]
+    width = max(map(len, lines), default=0)
+    remarked = [f"{line:{width}}  # {remark}" for line, remark in zip(lines, remarks, strict=False)]
+    return "\n".join(["rules = [", *remarked, *lines[len(remarked) :], "]", ""])
 
 
 def _toml(value: str | int | bool) -> str:

@@ -36,12 +36,12 @@ def as_recipe(recipe: Recipe, chosen: Mapping[Part, Choice]) -> Recipe:
     return dataclasses.replace(recipe, **dataclasses.asdict(base), rules=tuple(rules))
 
 
-def recipe_text(recipe: Recipe, *, head: Sequence[str], remarks: Sequence[str]) -> str:
-    """TOML, with `head` as comments before and one of `remarks` behind each rule."""
+def recipe_text(recipe: Recipe, *, head: Sequence[str], rest: str, remarks: Sequence[str]) -> str:
+    """TOML, with `head` as comments before, `rest` (of what no rule names) before the rules, and a remark behind each."""
     rules = recipe.to_json()["rules"]
     comments = "".join(f"# {line}\n" for line in head)
     keys = dataclasses.replace(recipe, rules=()).to_toml()
-    return comments + keys + (rules_toml(rules, remarks) if rules else "")
+    return f"{comments}\n{keys}\n# {rest}\n" + (rules_toml(rules, remarks) if rules else "")
 
 
 def _rule(pattern: str, choice: Choice) -> Rule:

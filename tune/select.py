@@ -56,12 +56,13 @@ def select(tried: Sequence[Tried], within: Limit) -> list[Tried] | None:
         if weight <= 0 or (kept and weight >= ENOUGH * within.limit):
             break
         limit *= within.limit / weight * (1 if kept else BELOW)
-    return best or _lightest(options, within)
+    least = lightest(tried, within)
+    return best or (least if within.whole({one.part: one.choice for one in least}) <= within.limit else None)
 
 
-def _lightest(options: Sequence[Sequence[Tried]], within: Limit) -> list[Tried] | None:
-    chosen = [min(ways, key=lambda one: (within.load(one), within.value(one))) for ways in options]
-    return chosen if within.whole({one.part: one.choice for one in chosen}) <= within.limit else None
+def lightest(tried: Sequence[Tried], within: Limit) -> list[Tried]:
+    """Of each part the choice that weighs least."""
+    return [min(ways, key=lambda one: (within.load(one), within.value(one))) for ways in _best_methods(tried)]
 
 
 def _total(within: Limit, chosen: Sequence[Tried]) -> float:

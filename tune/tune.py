@@ -25,7 +25,7 @@ from corral.tune.choice import METHODS_TRIED, STORAGES, Choice
 from corral.tune.limits import limit_of
 from corral.tune.parts import Part, parts_of
 from corral.tune.recipe_file import as_recipe
-from corral.tune.select import select
+from corral.tune.select import lightest, select
 from corral.tune.sensitivity import Meter
 from corral.tune.sizes import Sizes
 from corral.tune.speed import Speeds
@@ -77,13 +77,14 @@ def tune(
         progress("choose", 0, 0, "")
         chosen = select(tried, within)
         if chosen is None:
+            least = budget.amount(within.whole({one.part: one.choice for one in lightest(tried, within)}))
             raise InputError(
-                f"no choice of weights keeps a {budget.what} budget of {budget.limit:g}. Give more room; `corral tune --json` "
-                "with a generous budget shows what each part costs in each storage."
+                f"no choice of weights takes {budget}: the least that was found takes {least}. Give more room."
             )
         choices = {one.part: one.choice for one in chosen}
         kl = meter.divergence(choices)
     return Tuned(
+        budget=budget,
         recipe=as_recipe(recipe, choices),
         chosen=tuple(chosen),
         tried=tuple(tried),

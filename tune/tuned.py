@@ -19,6 +19,14 @@ class Budget:
     what: Literal["kl", "size", "tokens-per-second"]
     limit: float
 
+    def __str__(self) -> str:
+        return f"at {'least' if self.what == 'tokens-per-second' else 'most'} {self.amount(self.limit)}"
+
+    def amount(self, number: float) -> str:
+        """A number of what is limited, with its unit."""
+        units = {"kl": "{:.3g} nats a token", "size": "{:,.0f} bytes", "tokens-per-second": "{:,.4g} tokens a second"}
+        return units[self.what].format(number)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
@@ -38,6 +46,7 @@ class Tried:
 class Tuned:
     """What was chosen, on what grounds."""
 
+    budget: Budget
     recipe: Recipe
     chosen: tuple[Tried, ...]  # one a part
     tried: tuple[Tried, ...]

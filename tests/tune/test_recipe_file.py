@@ -58,7 +58,7 @@ def test_the_recipe_says_of_each_matrix_what_was_chosen(
             found = recipe.of(name)
             assert (found.weights, found.method) == (choice.weights, choice.method)
             assert choice.weights == "fp32" or found.group_size == choice.group_size
-    text = recipe_text(recipe, head=["Made by a test."], remarks=["so"] * len(recipe.rules))
+    text = recipe_text(recipe, head=["Made by a test."], rest="Else.", remarks=["so"] * len(recipe.rules))
     assert Recipe.from_json(tomllib.loads(text)) == recipe
     table = next(part for part in chosen if part.is_table)
     assert chosen[table].weights == "fp32" or recipe.rules[-1].matches(EMBEDDING)
@@ -81,8 +81,8 @@ def test_what_most_layers_have_is_one_line(tiny_config: Callable[[str], dict[str
             chosen[part] = CHOICES[1 if part.layer == 3 else 2]
     recipe = as_recipe(Recipe(), chosen)
     assert [rule.matrices for rule in recipe.rules] == ["layers.*.self_attn.o_proj", "layers.3.self_attn.o_proj"]
-    assert recipe_text(recipe, head=[], remarks=["usual", "one"]).splitlines()[-3:] == [
-        '  { matrices = "layers.*.self_attn.o_proj", weights = "int8", group_size = 128, method = "rtn" },  # usual',
+    assert recipe_text(recipe, head=[], rest="", remarks=["usual", "one"]).splitlines()[-3:] == [
+        '  { matrices = "layers.*.self_attn.o_proj", weights = "int8", group_size = 128, method = "rtn" },      # usual',
         '  { matrices = "layers.3.self_attn.o_proj", weights = "int4", group_size = 128, method = "rtn-mse" },  # one',
         "]",
     ]
