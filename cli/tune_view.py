@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from corral.cli.formats import DASH, UNKNOWN, counted, size
+from corral.cli.formats import UNKNOWN, counted, size
 from corral.cli.tables import Table, print_table
 from corral.spec.quant_scheme import scheme_named
 
@@ -22,7 +23,8 @@ def show_tuned(tuned: Tuned, checkpoint: Path, out: Path) -> None:
     """Say what was chosen for each part, what it costs together, where it is written, and what comes next."""
     print_table(tuned_table(tuned))
     click.echo("\n" + "".join(f"   {line}\n" for line in _in_words(tuned)))
-    click.echo(f"   written to {out}, to read and to edit\n   next: corral compile {checkpoint} -o OUT --recipe {out}")
+    following = shlex.join(["corral", "compile", str(checkpoint), "-o", "OUT", "--recipe", str(out)])
+    click.echo(f"   written to {out}, to read and to edit\n   next: {following}")
 
 
 def tuned_table(tuned: Tuned) -> Table:
@@ -53,18 +55,15 @@ def written(tuned: Tuned) -> str:
 
 def _in_words(tuned: Tuned) -> list[str]:
     words = [
-        f"KL of the weights together: {tuned.kl:.2g} nats a token, on {tuned.tokens:,} tokens of {tuned.text}",
-        f"(the parts one by one add up to {tuned.sum_of_parts:.2g}). The bundle: {tuned.bytes:,} bytes.",
+        f"KL of the weights together: {tuned.kl:#.2g} nats a token, on {tuned.tokens:,} tokens of {tuned.text}",
+        f"(the parts one by one add up to {tuned.sum_of_parts:#.2g}). The bundle: {tuned.bytes:,} bytes.",
     ]
     if speed := tuned.tokens_per_second:
-        words.append(
-            f"A build stored so decoded {speed.median:,.4g} tokens a second ({speed.min:,.4g}{DASH}{speed.max:,.4g} in "
-            f"{speed.n} runs)."
-        )
+        words.append(f"A build stored so decodes {tuned.budget.repeated(speed)} on this machine.")
         if speed.median < tuned.budget.limit:
             words.append(
-                f"That misses the {tuned.budget.limit:,.4g} asked for, which it reached when it was chosen: ask for more, "
-                "or tune when the machine is quiet."
+                f"That misses the budget, {tuned.budget}, which it kept when it was chosen: tune when the machine is quiet, or "
+                "ask for more."
             )
     return words
 

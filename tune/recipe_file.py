@@ -27,10 +27,11 @@ def as_recipe(recipe: Recipe, chosen: Mapping[Part, Choice]) -> Recipe:
         if not alike:
             continue
         usual = _most_frequent(alike.values())
-        if usual != base and len(alike) > 1:
+        if list(alike.values()).count(usual) == 1:
+            usual = base  # a line for all of a kind that holds for one says nothing
+        if usual != base:
             rules.append(_rule(kind, usual))
-        before = usual if len(alike) > 1 else base
-        rules += [_rule(part.pattern, choice) for part, choice in alike.items() if choice != before]
+        rules += [_rule(part.pattern, choice) for part, choice in alike.items() if choice != usual]
     tables = [(part, choice) for part, choice in chosen.items() if part.is_table]
     rules += [_rule(part.pattern, choice) for part, choice in tables if scheme_named(choice.weights).is_quantized]
     return dataclasses.replace(recipe, **dataclasses.asdict(base), rules=tuple(rules))

@@ -14,6 +14,7 @@ from corral.tune.choice import METHODS_TRIED, STORAGES, Choice, Storage
 from corral.tune.parts import Part
 from corral.tune.sizes import Sizes
 from corral.tune.timer import Chosen, Timer
+from corral.tune.tuned import Budget
 from corral.validate.statistics import Spread
 
 USUAL = "int4"  # weights that every part may have
@@ -53,16 +54,15 @@ class Speeds:
         """Tokens per second, by runs that decided nothing: what was the fastest of several was also a lucky one."""
         return self._timer([chosen])[0]
 
-    def check(self, tokens_per_second: float) -> None:
-        """Raise InputError, naming the fastest build that was found, where nothing decodes at such a speed."""
+    def check(self, budget: Budget) -> None:
+        """Raise InputError, naming the fastest build that was found, where nothing decodes at the speed of a budget."""
         self.seconds({part: self._quickest(part) for part in self._parts})
         chosen, found = max(self._timed.values(), key=lambda timed: timed[1].median)
-        if found.median < tokens_per_second:
+        if found.median < budget.limit:
             stored = dict.fromkeys(one.weights for part, one in chosen.items() if self._share[part])
             raise InputError(
-                f"nothing was found that decodes {tokens_per_second:g} tokens a second on this machine. The fastest, with "
-                f"its matrices in {' and '.join(stored)}, decodes {found.median:.4g} ({found.min:.4g} to {found.max:.4g} in "
-                f"{found.n} runs). Ask for less."
+                f"nothing was found that decodes {budget} on this machine. The fastest, with its matrices in "
+                f"{' and '.join(stored)}, decodes {budget.repeated(found)}. Ask for less."
             )
 
     def _uniform(self, weights: str) -> dict[Part, Choice]:

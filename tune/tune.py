@@ -67,7 +67,7 @@ def tune(
         prompt = held_out[0, :PROMPT_TOKENS].tolist()
         how = {"prompt": prompt, "threads": threads, "progress": progress}
         speeds = Speeds(sizes, parts, timer or BuildTimer(checkpoint=Path(checkpoint), recipe=recipe, **how))
-        speeds.check(budget.limit)
+        speeds.check(budget)
     with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
         statistics = statistics_of(source, Path(scratch), "tune")
         gather(source, calibrated, statistics, products="whole", progress=progress)

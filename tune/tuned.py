@@ -11,6 +11,8 @@ from corral.tune.choice import Choice
 from corral.tune.parts import Part
 from corral.validate.statistics import Spread
 
+UNITS = {"kl": "nats a token", "size": "bytes", "tokens-per-second": "tokens a second"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -24,8 +26,15 @@ class Budget:
 
     def amount(self, number: float) -> str:
         """A number of what is limited, with its unit."""
-        units = {"kl": "{:.3g} nats a token", "size": "{:,.0f} bytes", "tokens-per-second": "{:,.4g} tokens a second"}
-        return units[self.what].format(number)
+        return f"{self._digits(number)} {UNITS[self.what]}"
+
+    def repeated(self, measured: Spread) -> str:
+        """A repeated measurement of what is limited: its median, and between what and what."""
+        low, high = self._digits(measured.min), self._digits(measured.max)
+        return f"{self.amount(measured.median)} ({low} to {high} in {measured.n} runs)"
+
+    def _digits(self, number: float) -> str:
+        return f"{number:,.0f}" if number >= 100 or self.what == "size" else f"{number:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)

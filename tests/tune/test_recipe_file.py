@@ -86,3 +86,12 @@ def test_what_most_layers_have_is_one_line(tiny_config: Callable[[str], dict[str
         '  { matrices = "layers.3.self_attn.o_proj", weights = "int4", group_size = 128, method = "rtn-mse" },  # one',
         "]",
     ]
+
+
+def test_what_one_layer_has_is_said_of_that_layer(tiny_config: Callable[[str], dict[str, Any]]) -> None:
+    found = parts(tiny_config("two_layers"))
+    chosen = dict.fromkeys(found, CHOICES[0])
+    outs = [part for part in found if part.kind == "layers.*.self_attn.o_proj"]
+    chosen |= {outs[0]: CHOICES[1], outs[1]: CHOICES[2]}
+    recipe = as_recipe(Recipe(), chosen)
+    assert [rule.matrices for rule in recipe.rules[:2]] == ["layers.0.self_attn.o_proj", "layers.1.self_attn.o_proj"]
