@@ -58,6 +58,7 @@ def test_the_recipe_says_of_each_matrix_what_was_chosen(
             found = recipe.of(name)
             assert (found.weights, found.method) == (choice.weights, choice.method)
             assert choice.weights == "fp32" or found.group_size == choice.group_size
+    assert all({rule.method, rule.group_size} == {None} for rule in recipe.rules if rule.weights == "fp32")
     text = recipe_text(recipe, head=["Made by a test."], rest="Else.", remarks=["so"] * len(recipe.rules))
     assert Recipe.from_json(tomllib.loads(text)) == recipe
     table = next(part for part in chosen if part.is_table)
