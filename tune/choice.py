@@ -51,10 +51,9 @@ class Choice:
 
 
 def rounded(weight: NDArray[np.float32], choice: Choice, statistics: Statistics, source: Source) -> NDArray[np.float32]:
-    """The values of a matrix [outputs, inputs], read from `source`, when it is stored by a choice."""
+    """The values of a matrix [outputs, inputs], read from `source`, when it is quantized by a choice."""
     bits = scheme_named(choice.weights).bits
-    if bits is None:
-        return weight
+    assert bits is not None
     method = METHODS[choice.method]
     arguments: dict[str, Any] = method.arguments(bits, choice.group_size, "")
     if method.calibrated:
