@@ -9,6 +9,7 @@ from corral.spec.quant_scheme import in_words
 from corral.spec.weight_plan import Entry, WeightPlan
 
 FP8_STEPS = ("e4m3", "input_scale")
+FP4_STEPS = ("nvfp4", "mxfp4")
 
 
 def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> tuple[CoverageRecord, ...]:
@@ -35,10 +36,13 @@ def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> 
 
 
 def stored_as(entry: Entry) -> str:
-    """A weight's storage in words: "int4 g128" or its element type."""
+    """A weight's storage in words: "int4 g128", "mxfp4 (emulated in float32)" or its element type."""
     for step in entry.steps:
         if step.name in FP8_STEPS:
             return in_words("fp8", 0)
+        if step.name in FP4_STEPS:
+            method = {"rtn": ""}.get(dict(step.args)["method"], f" {dict(step.args)['method']}")
+            return step.name + method + (" (emulated in float32)" if step.output == "values" else "")
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
             method = "" if step.name in ("rtn", "as_published") else f" {step.name.replace('_', '-')}"

@@ -1,7 +1,8 @@
 """How a weight matrix is stored: bits, group size, scale type. A table, read by recipes, quantizers and lowerings.
 
 Codes are symmetric: value = scale * (code - 2**(bits-1)) with unsigned codes, one scale per `group_size` inputs of one
-output. Group size counts along the input dimension. FP8 has one scale per output, and its activations are FP8, too.
+output. Group size counts along the input dimension. FP8 has one scale per output, and its activations are FP8, too. FP4 has
+blocks of a size of its own, whose scales are themselves small floating-point numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from corral.spec.errors import InputError
 
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 128
+METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")  # of choosing codes and scales; "rtn" is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class QuantScheme:
     name: str
     bits: int | None
     dtype: str  # of the stored values: an ONNX element type in lower case
+    methods: tuple[str, ...] = ("rtn",)  # that there are for it
+    block_size: int = 0  # of FP4: inputs that share a scale of 8 bits
 
     @property
     def is_quantized(self) -> bool:
@@ -28,19 +32,21 @@ class QuantScheme:
 
     @property
     def is_float(self) -> bool:
-        """Whether codes are small floating-point numbers with one scale an output, multiplied with their like."""
-        return self.dtype.startswith("float8")
+        """Whether codes are small floating-point numbers."""
+        return self.is_quantized and self.dtype.startswith("float")
 
     @property
-    def takes_methods(self) -> bool:
-        """Whether there is more than one way to choose codes: they are whole numbers, with a scale a group."""
-        return self.is_quantized and not self.is_float
+    def rounds_activations(self) -> bool:
+        """Whether a matrix is multiplied with its like: activations that are rounded, too."""
+        return self.is_float and not self.block_size
 
     def bits_per_weight(self, group_size: int) -> float:
-        """Stored bits per weight, float32 scales of groups included."""
+        """Stored bits per weight, float32 scales of groups included, those of outputs not."""
         if self.bits is None:
             return {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}[self.dtype]
-        return self.bits + (0 if self.is_float else 32 / group_size)
+        if self.is_float:
+            return self.bits + (8 / self.block_size if self.block_size else 0)
+        return self.bits + 32 / group_size
 
 
 SCHEMES = {
@@ -50,17 +56,21 @@ SCHEMES = {
         QuantScheme(name="fp16", bits=None, dtype="float16"),
         QuantScheme(name="bf16", bits=None, dtype="bfloat16"),
         QuantScheme(name="fp8", bits=8, dtype="float8e4m3fn"),
-        QuantScheme(name="int8", bits=8, dtype="int8"),
-        QuantScheme(name="int4", bits=4, dtype="int4"),
+        QuantScheme(name="nvfp4", bits=4, dtype="float4e2m1", methods=("rtn", "rtn-mse"), block_size=16),
+        QuantScheme(name="mxfp4", bits=4, dtype="float4e2m1", methods=("rtn", "rtn-mse"), block_size=32),
+        QuantScheme(name="int8", bits=8, dtype="int8", methods=METHODS),
+        QuantScheme(name="int4", bits=4, dtype="int4", methods=METHODS),
         # ONNX has no 3 bits, and few backends its 2: until a lowering stores them, codes are kept as INT4.
-        QuantScheme(name="int3", bits=3, dtype="int4"),
-        QuantScheme(name="int2", bits=2, dtype="int4"),
+        QuantScheme(name="int3", bits=3, dtype="int4", methods=METHODS),
+        QuantScheme(name="int2", bits=2, dtype="int4", methods=METHODS),
     )
 }
 
 
 def in_words(scheme: str, group_size: int) -> str:
     """A quantized weight's storage, as in "int4 g128". Equal words: equal codes and scales mean the same numbers."""
+    if SCHEMES[scheme].block_size:
+        return scheme  # its name says the block size
     return f"{scheme} per output" if SCHEMES[scheme].is_float else f"{scheme} g{group_size}"
 
 

@@ -13,11 +13,10 @@ from typing import Any
 from corral.spec import cpu_ops
 from corral.spec.errors import InputError
 from corral.spec.gpus import capability_of
-from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
+from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, METHODS, scheme_named
 from corral.spec.rule import Rule
 from corral.spec.target import check_capability, target_named
 
-METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
 LEAST_CALIBRATION_TOKENS = 512
 KV_CACHES = ("float", "int8", "int4")
@@ -52,13 +51,14 @@ class Recipe:
         if scheme.name not in target.weights:
             raise InputError(
                 f"target {target.name} does not take {scheme.name} weights; it takes {', '.join(target.weights)}."
+                + target.refused.get(scheme.name, "")
             )
         if self.method not in METHODS:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
-        if self.method != "rtn" and not scheme.takes_methods:
+        if self.method != "rtn" and self.method not in scheme.methods:
             raise InputError(
-                f"method {self.method} chooses codes for groups of weights, and {scheme.name} has no groups. Leave the "
-                "method out, or name it in a rule for the matrices that it is for."
+                f"method {self.method} does not make {scheme.name} weights; expected {' or '.join(scheme.methods)}. Name "
+                "another method, or name it in a rule for the matrices that it is for."
             )
         if self.calibration_tokens < LEAST_CALIBRATION_TOKENS:
             raise InputError(
@@ -122,8 +122,9 @@ class Recipe:
 
     def _ruled(self, rule: Rule) -> Recipe:
         changes = rule.changes()
-        if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
-            changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
+        if "method" not in changes and "weights" in changes:
+            able = scheme_named(changes["weights"]).methods
+            changes["method"] = self.method if self.method in able else able[-1]
         # Where corral has no kernels for a matrix, those of ONNX Runtime compute it, or the lowering refuses.
         kernels = self.kernels if changes.get("weights", self.weights) in cpu_ops.WEIGHTS else "stock"
         # The KV cache is no matrix's concern.
@@ -148,7 +149,7 @@ class Recipe:
     @property
     def rounds_activations(self) -> bool:
         """Whether what matrices are multiplied with is quantized, too, by scales that a calibration text shows."""
-        return any(scheme_named(name).is_float for name in self.schemes)
+        return any(scheme_named(name).rounds_activations for name in self.schemes)
 
     @property
     def kv_dtype(self) -> str:

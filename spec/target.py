@@ -29,6 +29,7 @@ class Target:
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)  # weights that it does not take -> why, and what to do
 
 
 # What TensorRT for RTX 1.7 builds for, as tried: 7.5 refuses int4 and float32 matrix products, 9.0 and 10.x it lacks.
@@ -36,10 +37,15 @@ RTX_CAPABILITIES = {
     "8.0": ("fp16", "int4"),
     "8.6": ("fp16", "int4"),
     "8.9": ("fp16", "int4", "fp8"),
-    "12.0": ("fp16", "int4", "fp8"),
+    "12.0": ("fp16", "int4", "fp8", "nvfp4"),
 }
 # What NVIDIA's support matrix says of TensorRT 11. Nothing of it was tried: it needs a GPU to build.
-TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4", "fp8"), "10.0": ("fp16", "int4", "fp8")}
+TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4", "fp8"), "10.0": ("fp16", "int4", "fp8", "nvfp4")}
+# Of TensorRT for RTX 1.7.1, in its parser's words.
+REFUSED = {
+    "mxfp4": ' TensorRT imports no scales of type E8M0 ("ONNX initializer … cannot be imported into TensorRT!"). Use nvfp4, '
+    "or target portable, which emulates mxfp4."
+}
 # What onnxruntime-gpu 1.31.1 holds code for: read from its library, nothing of it tried.
 CUDA_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "12.0")
 
@@ -50,7 +56,7 @@ TARGETS = {
         Target(
             name="portable",
             description="standard ONNX operators only: any ONNX backend, and the oracle for every other target",
-            weights=("fp32", "int8", "int4"),
+            weights=("fp32", "int8", "int4", "nvfp4", "mxfp4"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
             wide_batches=True,
@@ -75,22 +81,24 @@ TARGETS = {
         Target(
             name="tensorrt-rtx",
             description="engines of TensorRT for RTX, built without a GPU",
-            weights=("fp16", "int4", "fp8"),
+            weights=("fp16", "int4", "fp8", "nvfp4"),
             requires=(("tensorrt-rtx-cu13", "1.7.1"),),
             opset=24,
             kv_dtype="float16",
             engine="tensorrt_rtx",
             capabilities=RTX_CAPABILITIES,
+            refused=REFUSED,
         ),
         Target(
             name="tensorrt",
             description="engines of TensorRT, built on the GPU that they are for",
-            weights=("fp16", "int4", "fp8"),
+            weights=("fp16", "int4", "fp8", "nvfp4"),
             requires=(("tensorrt", "11.0"),),
             opset=24,
             kv_dtype="float16",
             engine="tensorrt",
             capabilities=TENSORRT_CAPABILITIES,
+            refused=REFUSED,
         ),
     )
 }

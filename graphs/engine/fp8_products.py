@@ -23,7 +23,7 @@ def fp8_products(graph: Any) -> tuple[str, ...]:
 
     users = defaultdict(list)
     for node in graph.node:
-        for name in node.input:
+        for name in node.input[:1] if node.op_type == "DequantizeLinear" else node.input:  # its second are scales
             users[name].append(node)
     float8 = onnx.TensorProto.FLOAT8E4M3FN
     reached = {tensor.name for tensor in graph.initializer if tensor.data_type == float8 and len(tensor.dims) > 1}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.quantize.awq import awq, rescale
+from corral.graphs.quantize.e2m1 import mxfp4, nvfp4
 from corral.graphs.quantize.e4m3 import e4m3, gains, input_scale
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
@@ -73,6 +74,8 @@ STEPS: dict[str, Callable[..., Any]] = {
     "awq": awq,
     "rescale": rescale,
     "e4m3": e4m3,
+    "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
     "gains": gains,
     "input_scale": input_scale,
     "as_published": as_published,

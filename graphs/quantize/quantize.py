@@ -1,6 +1,7 @@
 """The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
 
-FP8 has one scale an output: `fp8_weight.py`.
+FP8 and NVFP4 have a scale an output besides: `float_weight.py`. A target that builds no engines has no kernels for FP4, and
+emulates it: the values that codes stand for are stored in float32.
 
 Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
 """
@@ -15,22 +16,26 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.embedding_table import quantize_embedding
-from corral.graphs.quantize.fp8_weight import write_fp8
+from corral.graphs.quantize.float_weight import write_float
 from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
 from corral.model.checkpoint.names import EMBEDDING
 from corral.spec.errors import InputError
-from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, in_words, scheme_named
+from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, QuantScheme, in_words, scheme_named
 from corral.spec.recipe import Recipe
-from corral.spec.weight_plan import Entry, step
+from corral.spec.target import target_named
+from corral.spec.weight_plan import Entry, Step, step
 
 # How a checkpoint may store weights -> the options that keep them so.
 KEEPING = {
     in_words(scheme, group): f"--weights {scheme} --group-size {group}"
     for scheme in SCHEMES
     for group in GROUP_SIZES
-    if SCHEMES[scheme].takes_methods
+    if SCHEMES[scheme].is_quantized and not SCHEMES[scheme].is_float
 }
+
+
+FLOAT32 = step("rows", dtype="float32")
 
 
 def quantize_weights(work: ModelAndPlan) -> bool:
@@ -55,7 +60,7 @@ def quantize_weights(work: ModelAndPlan) -> bool:
             changed |= quantize_embedding(work, entry)
         elif kind_of(entry.weight).quantized and scheme.bits is not None:
             if scheme.is_float:
-                _quantize_fp8(work, entry, recipe, scheme.dtype)
+                _quantize_float(work, entry, recipe, scheme)
             else:
                 _quantize(work, entry, recipe, scheme.bits, scheme.dtype)
             changed = True
@@ -102,30 +107,46 @@ def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype
     _replace(work, weight, ir.node("DequantizeLinear", values, attributes, metadata_props={SCOPE: entry.name}))
 
 
-def _quantize_fp8(work: ModelAndPlan, entry: Entry, recipe: Recipe, dtype: str) -> None:
+def _quantize_float(work: ModelAndPlan, entry: Entry, recipe: Recipe, scheme: QuantScheme) -> None:
     """Codes are stored [..., outputs, inputs], as they are read: so a part of the outputs is a job, with their scales."""
     if entry.steps[-1].name != "columns":
         raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
     if entry.published and not recipe.requantize:
         raise _published_otherwise(entry, recipe)
     *experts, inputs, outputs = entry.shape
-    codes = dataclasses.replace(
-        entry.with_layout(step("e4m3", output="codes"), step("rows", dtype=dtype)),
-        name=f"{entry.name}.codes",
-        dtype=dtype,
-        shape=(*experts, outputs, inputs),
-        cut="rows",
-    )
-    gains = dataclasses.replace(
-        entry.with_layout(step("e4m3", output="scales"), step("gains"), step("rows", dtype="float32")),
-        name=f"{entry.name}.gains",
-        shape=(*experts, 1, outputs) if experts else (outputs,),
-        parameters=0,
-        cut="rows",
-    )
+    if scheme.block_size and inputs % scheme.block_size:
+        raise InputError(
+            f"{scheme.name} has blocks of {scheme.block_size}, which do not divide the {inputs} inputs of {entry.name}; "
+            "store it otherwise, by a rule or by other --weights."
+        )
+    name, how = (scheme.name, {"method": recipe.method}) if scheme.block_size else ("e4m3", {})
+
+    def stored(output: str, dtype: str, shape: tuple[int, ...], *layout: Step) -> Entry:
+        return dataclasses.replace(
+            entry,
+            name=f"{entry.name}.{output}",
+            dtype=dtype,
+            shape=(*experts, *shape),
+            steps=(*entry.steps[:-1], step(name, output=output, **how), *layout),
+            parameters=entry.parameters if output in ("codes", "values") else 0,
+            cut="rows",
+        )
+
     weight = work.graph.initializers[entry.name]
     build = tape.Tape()
-    write_fp8(build, work, *work.replace_weight(entry, codes, gains))
+    if target_named(recipe.target).engine is None:
+        values = stored("values", "float32", (outputs, inputs), FLOAT32)
+        *front, row, column = range(len(entry.shape))
+        build.op("Transpose", work.replace_weight(entry, values), {"perm": [*front, column, row]})
+    else:
+        layout = step("pack_rows", bits=4) if scheme.block_size else step("rows", dtype=scheme.dtype)
+        entries = [stored("codes", scheme.dtype, (outputs, inputs), layout)]
+        if scheme.block_size:
+            blocks = (outputs, inputs // scheme.block_size)
+            entries.append(stored("blocks", "float8e4m3fn", blocks, step("rows", dtype="float8e4m3fn")))
+        gains = stored("scales", "float32", (1, outputs) if experts else (outputs,), step("gains"), FLOAT32)
+        entries.append(dataclasses.replace(gains, name=f"{entry.name}.gains"))
+        write_float(build, work, *work.replace_weight(entry, *entries))
     for node in build.nodes:
         node.metadata_props[SCOPE] = entry.name
     _replace(work, weight, *build.nodes)

@@ -21,7 +21,7 @@ from onnx_ir import tape
 from corral.exporter.planned_tensor import planned_initializer
 from corral.graphs.calibrate.statistics import input_site
 from corral.graphs.model_and_plan import ModelAndPlan
-from corral.graphs.quantize.fp8_weight import Fp8Weight, find_fp8
+from corral.graphs.quantize.float_weight import FloatWeight, find_float
 from corral.spec.weight_plan import Entry, step
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def lower_fp8_matmul(work: ModelAndPlan) -> bool:
     """Rewrite every product with an FP8 matrix outside the experts."""
     changed = False
     for node in work.nodes("MatMul"):
-        weight = find_fp8(work, node.inputs[1])
-        if weight is None:
+        weight = find_float(work, node.inputs[1])
+        if weight is None or weight.blocks:
             continue
         build = tape.Tape()
         y = fp8_product(build, work, node.inputs[0], weight)
@@ -43,7 +43,7 @@ def lower_fp8_matmul(work: ModelAndPlan) -> bool:
 
 
 def fp8_product(
-    build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, weight: Fp8Weight, *, axes: Sequence[int] = (1, 0)
+    build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, weight: FloatWeight, *, axes: Sequence[int] = (1, 0)
 ) -> ir.Value:
     """x [..., K] times codes [..., N, K], whose transposition is `axes`, times gains."""
     scale = _input_scale(work, weight.codes)
