@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES
-from corral.spec.recipe import METHODS, Recipe, read_recipe
+from corral.spec.quant_scheme import GROUP_SIZES, METHODS, SCHEMES
+from corral.spec.recipe import Recipe, read_recipe
 from corral.spec.target import TARGETS
 
 F = TypeVar("F", bound=Callable[..., Any])

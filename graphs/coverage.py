@@ -41,8 +41,9 @@ def stored_as(entry: Entry) -> str:
         if step.name in FP8_STEPS:
             return in_words("fp8", 0)
         if step.name in FP4_STEPS:
-            method = {"rtn": ""}.get(dict(step.args)["method"], f" {dict(step.args)['method']}")
-            return step.name + method + (" (emulated in float32)" if step.output == "values" else "")
+            method = dict(step.args)["method"]
+            emulated = " (emulated in float32)" if step.output == "values" else ""
+            return step.name + (f" {method}" if method != "rtn" else "") + emulated
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
             method = "" if step.name in ("rtn", "as_published") else f" {step.name.replace('_', '-')}"

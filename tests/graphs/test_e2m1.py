@@ -59,7 +59,7 @@ def test_values_are_those_of_codes_and_scales(name: str, method: str, matrix: ND
     assert np.isfinite(blocks).all() and (blocks > 0).all()
     codes = made["codes"].view(ml_dtypes.float4_e2m1fn).astype(np.float32)
     scale = np.repeat(blocks, size, axis=1)
-    np.testing.assert_array_equal(made["values"], codes * scale * made.get("scales", np.float32(1)))
+    np.testing.assert_array_equal(made["values"], codes * scale * made.get("scales", 1))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -81,11 +81,15 @@ def test_searched_scales_are_the_best_of_all_that_there_are(name: str, tails: in
     quantize, size, _ = FORMATS[name]
     matrix = np.random.default_rng(tails).standard_t(tails, (24, 96)).astype(np.float32)
     made = quantize(matrix, method="rtn-mse")
-    groups = (matrix / made.get("scales", np.float32(1))).reshape(len(matrix), -1, size)
+    groups: NDArray[np.float32] = (matrix / made.get("scales", np.float32(1))).reshape(len(matrix), -1, size)
     table = e2m1.E4M3[1:] if name == "nvfp4" else e2m1.E8M0[96:160]
-    tried = [np.square(nearest(groups / scale) * scale - groups).sum(-1) for scale in table]
-    scales = made["blocks"].astype(np.float32)[..., None]
-    found = np.square(nearest(groups / scales) * scales - groups).sum(-1)
+
+    def squared_error(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        error: NDArray[np.float32] = np.square(nearest(groups / scale) * scale - groups).sum(-1)
+        return error
+
+    tried = np.stack([squared_error(table[i : i + 1]) for i in range(len(table))])
+    found = squared_error(made["blocks"].astype(np.float32)[..., None])
     np.testing.assert_allclose(found, np.min(tried, axis=0), rtol=1e-5)
     plain = np.square(quantize(matrix, method="rtn")["values"] - matrix).sum()
     assert np.square(made["values"] - matrix).sum() < 0.98 * plain
@@ -95,7 +99,7 @@ def test_mxfp4_scales_by_the_power_of_two_of_the_largest_magnitude() -> None:
     """The specification's rule, worked out by hand: 2^(floor(log2 7.5) - 2) = 1, so that 7.5 is clipped to 6."""
     matrix = np.zeros((1, 64), np.float32)
     matrix[0, :4] = [7.5, -3.0, 0.2, 0.3]
-    matrix[0, 32:34] = [0.5, 0.07]  # 2^(-1 - 2) = 1/8: 4 and 0.56
+    matrix[0, 32:34] = [0.5, 0.07]  # 2^(-1 - 2) = 1/8: 4, and 0.56 becomes 0.5
     made = mxfp4(matrix, method="rtn")
     assert made["blocks"].astype(np.float32).tolist() == [[1.0, 0.125]]
     assert made["values"][0, [0, 1, 2, 3, 32, 33]].tolist() == [6, -3, 0, 0.5, 0.5, 0.0625]
