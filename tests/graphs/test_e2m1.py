@@ -110,7 +110,7 @@ def test_an_outputs_largest_block_has_the_scale_256() -> None:
     matrix = np.zeros((2, 32), np.float32)
     matrix[0, [0, 16]] = [0.6, 0.03]
     made = nvfp4(matrix, method="rtn")
-    np.testing.assert_allclose(made["scales"], [[0.6 / (6 * 256)], [1]], rtol=1e-6)
+    np.testing.assert_allclose(made["scales"], [[0.6 / (6 * 256)], [1.0]], rtol=1e-6)
     # 256 / 20 = 12.8, and e4m3 has 12 and 13. An output of zeros takes the smallest, which is positive.
     assert made["blocks"].astype(np.float32).tolist() == [[256, 13], [2.0**-9, 2.0**-9]]
     assert not made["codes"][1].any()
