@@ -55,7 +55,7 @@ RECIPE_HELP = {
     "target": f"Where it will run: {', '.join(TARGETS)}.",
     "weights": f"How weight matrices are stored: {', '.join(SCHEMES)}.",
     "method": f"How they are quantized: {', '.join(METHODS)}.",
-    "calibration": "For calibrated methods and fp8: a text file, or the name of a text that corral ships.",
+    "calibration": "For calibrated methods, fp8 and w4a8: a text file, or the name of a text that corral ships.",
     "calibration_tokens": "Tokens of that text that are used, at most.",
     "stages": "Ranges of layers, each with a graph and weight shards of its own.",
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",

@@ -16,8 +16,10 @@ def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> 
     """One record per kind of weight, way of storing it and way it was published, in the order of `KINDS`."""
     rows: dict[tuple[str, str, str], list[Entry]] = {}
     fell_back = {(fallback.weight, fallback.expert) for fallback in calibration.fallbacks} if calibration else set()
+    words = {entry.weight: stored_as(entry) for entry in plan if entry.parameters}
     for entry in plan:
-        rows.setdefault((kind_of(entry.weight).name, stored_as(entry), entry.published), []).append(entry)
+        stored = words.get(entry.weight) or stored_as(entry)  # what scales a weight is part of it
+        rows.setdefault((kind_of(entry.weight).name, stored, entry.published), []).append(entry)
     order = [kind.name for kind in KINDS]
     return tuple(
         CoverageRecord(

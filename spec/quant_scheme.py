@@ -2,7 +2,7 @@
 
 Codes are symmetric: value = scale * (code - 2**(bits-1)) with unsigned codes, one scale per `group_size` inputs of one
 output. Group size counts along the input dimension. FP8 has one scale per output, and its activations are FP8, too. FP4 has
-blocks of a size of its own, whose scales are themselves small floating-point numbers.
+blocks of a size of its own, whose scales are themselves small floating-point numbers. W4A8 is int4 that is multiplied as FP8.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class QuantScheme:
     dtype: str  # of the stored values: an ONNX element type in lower case
     methods: tuple[str, ...] = ("rtn",)  # that there are for it
     block_size: int = 0  # of FP4: inputs that share a scale of 8 bits
+    rounds_activations: bool = (
+        False  # whether a product reads FP8 twice: a matrix, and activations that are rounded to it
+    )
 
     @property
     def is_quantized(self) -> bool:
@@ -34,11 +37,6 @@ class QuantScheme:
     def is_float(self) -> bool:
         """Whether codes are small floating-point numbers."""
         return self.is_quantized and self.dtype.startswith("float")
-
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether a matrix is multiplied with its like: activations that are rounded, too."""
-        return self.is_float and not self.block_size
 
     def bits_per_weight(self, group_size: int) -> float:
         """Stored bits per weight, float32 scales of groups included, those of outputs not."""
@@ -55,7 +53,10 @@ SCHEMES = {
         QuantScheme(name="fp32", bits=None, dtype="float32"),
         QuantScheme(name="fp16", bits=None, dtype="float16"),
         QuantScheme(name="bf16", bits=None, dtype="bfloat16"),
-        QuantScheme(name="fp8", bits=8, dtype="float8e4m3fn"),
+        QuantScheme(name="fp8", bits=8, dtype="float8e4m3fn", rounds_activations=True),
+        QuantScheme(
+            name="w4a8", bits=4, dtype="int4", methods=("rtn", "rtn-mse", "hqq", "gptq"), rounds_activations=True
+        ),
         QuantScheme(name="nvfp4", bits=4, dtype="float4e2m1", methods=("rtn", "rtn-mse"), block_size=16),
         QuantScheme(name="mxfp4", bits=4, dtype="float4e2m1", methods=("rtn", "rtn-mse"), block_size=32),
         QuantScheme(name="int8", bits=8, dtype="int8", methods=METHODS),

@@ -12,7 +12,7 @@ from corral.spec.weight_plan import ITEM_BITS
 # planned for GPUs and not compiled yet.
 WEIGHT_BITS = {
     "fp32": (32, False), "fp16": (16, False), "bf16": (16, False), "fp8": (8, False), "int8": (8, True), "int4": (4, True),
-    "int3": (3, True), "int2": (2, True), "nvfp4": (4.5, False), "mxfp4": (4.25, False),
+    "int3": (3, True), "int2": (2, True), "w4a8": (4, True), "nvfp4": (4.5, False), "mxfp4": (4.25, False),
 }  # fmt: skip
 IN_FLOAT32 = ("router", "norm")
 

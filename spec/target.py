@@ -29,22 +29,29 @@ class Target:
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)  # weights that it does not take -> why, and what to do
+    refused: Mapping[str, str] = field(
+        default_factory=dict
+    )  # weights and caches that it does not take -> why, and what to do
 
 
 # What TensorRT for RTX 1.7 builds for, as tried: 7.5 refuses int4 and float32 matrix products, 9.0 and 10.x it lacks.
 RTX_CAPABILITIES = {
     "8.0": ("fp16", "int4"),
     "8.6": ("fp16", "int4"),
-    "8.9": ("fp16", "int4", "fp8"),
-    "12.0": ("fp16", "int4", "fp8", "nvfp4"),
+    "8.9": ("fp16", "int4", "fp8", "w4a8"),
+    "12.0": ("fp16", "int4", "fp8", "w4a8", "nvfp4"),
 }
 # What NVIDIA's support matrix says of TensorRT 11. Nothing of it was tried: it needs a GPU to build.
-TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4", "fp8"), "10.0": ("fp16", "int4", "fp8", "nvfp4")}
-# Of TensorRT for RTX 1.7.1, in its parser's words.
+TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {
+    "9.0": ("fp16", "int4", "fp8", "w4a8"),
+    "10.0": ("fp16", "int4", "fp8", "w4a8", "nvfp4"),
+}
+# What TensorRT for RTX 1.7.1 refuses, in its words.
 REFUSED = {
+    "fp8 caches": ' TensorRT writes caches by TensorScatter, which refuses FP8 ("cache has type FP8 but must have type Float, '
+    'Half, or BFloat16"). Use --kv float, which is float16 there.',
     "mxfp4": ' TensorRT imports no scales of type E8M0 ("ONNX initializer … cannot be imported into TensorRT!"). Use nvfp4, '
-    "or target portable, which emulates mxfp4."
+    "or target portable, which emulates mxfp4.",
 }
 # What onnxruntime-gpu 1.31.1 holds code for: read from its library, nothing of it tried.
 CUDA_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "12.0")
@@ -81,7 +88,7 @@ TARGETS = {
         Target(
             name="tensorrt-rtx",
             description="engines of TensorRT for RTX, built without a GPU",
-            weights=("fp16", "int4", "fp8", "nvfp4"),
+            weights=("fp16", "int4", "fp8", "w4a8", "nvfp4"),
             requires=(("tensorrt-rtx-cu13", "1.7.1"),),
             opset=24,
             kv_dtype="float16",
@@ -92,7 +99,7 @@ TARGETS = {
         Target(
             name="tensorrt",
             description="engines of TensorRT, built on the GPU that they are for",
-            weights=("fp16", "int4", "fp8", "nvfp4"),
+            weights=("fp16", "int4", "fp8", "w4a8", "nvfp4"),
             requires=(("tensorrt", "11.0"),),
             opset=24,
             kv_dtype="float16",

@@ -43,6 +43,17 @@ def largest_magnitudes(weight: NDArray[np.float32], codes: str) -> NDArray[np.fl
     return extreme
 
 
+def output_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of int4 codes with `scales` [outputs, groups] that become e4m3: one an output, [outputs, 1], by which -8 becomes -448."""
+    largest = np.float32(8 / LARGEST) * scales.max(axis=1, keepdims=True)
+    return np.maximum(largest, np.float32(SMALLEST_SCALE))
+
+
+def group_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is left of int4's scales [outputs, groups] beside gains: codes times it, over BASE, are numbers for e4m3."""
+    return scales / output_scales(scales) * np.float32(BASE)
+
+
 def gains(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """scale = BASE * gain: what is left for after the product, so that float16 sums of codes do not overflow before."""
     return scales / np.float32(BASE)

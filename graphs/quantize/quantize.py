@@ -1,7 +1,7 @@
 """The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
 
-FP8 and NVFP4 have a scale an output besides: `float_weight.py`. A target that builds no engines has no kernels for FP4, and
-emulates it: the values that codes stand for are stored in float32.
+FP8, W4A8 and NVFP4 have a scale an output besides: `float_weight.py`. A target that builds no engines has no kernels for
+FP4, and emulates it: the values that codes stand for are stored in float32.
 
 Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
 """
@@ -16,6 +16,7 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.embedding_table import quantize_embedding
+from corral.graphs.quantize.float_form import check_group, form_of
 from corral.graphs.quantize.float_weight import write_float
 from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
@@ -59,7 +60,9 @@ def quantize_weights(work: ModelAndPlan) -> bool:
         if entry.weight == EMBEDDING:
             changed |= quantize_embedding(work, entry)
         elif kind_of(entry.weight).quantized and scheme.bits is not None:
-            if scheme.is_float:
+            if entry.steps[-1].name != "columns":
+                raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
+            if scheme.is_float or scheme.rounds_activations:
                 _quantize_float(work, entry, recipe, scheme)
             else:
                 _quantize(work, entry, recipe, scheme.bits, scheme.dtype)
@@ -71,13 +74,8 @@ def quantize_weights(work: ModelAndPlan) -> bool:
 
 
 def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype: str) -> None:
-    if entry.steps[-1].name != "columns":
-        raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
     group, inputs = recipe.group_size, entry.shape[-2]
-    if inputs % group:
-        fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
-        remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
-        raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
+    check_group(entry, group)
     method = method_for(entry.published, recipe)
     if method is AS_PUBLISHED:
         entry = dataclasses.replace(
@@ -109,43 +107,36 @@ def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype
 
 def _quantize_float(work: ModelAndPlan, entry: Entry, recipe: Recipe, scheme: QuantScheme) -> None:
     """Codes are stored [..., outputs, inputs], as they are read: so a part of the outputs is a job, with their scales."""
-    if entry.steps[-1].name != "columns":
-        raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
     if entry.published and not recipe.requantize:
         raise _published_otherwise(entry, recipe)
     *experts, inputs, outputs = entry.shape
-    if scheme.block_size and inputs % scheme.block_size:
-        raise InputError(
-            f"{scheme.name} has blocks of {scheme.block_size}, which do not divide the {inputs} inputs of {entry.name}; "
-            "store it otherwise, by a rule or by other --weights."
-        )
-    name, how = (scheme.name, {"method": recipe.method}) if scheme.block_size else ("e4m3", {})
+    form = form_of(entry, recipe, work.statistics)
 
-    def stored(output: str, dtype: str, shape: tuple[int, ...], *layout: Step) -> Entry:
+    def stored(name: str, output: str, dtype: str, shape: tuple[int, ...], *layout: Step) -> Entry:
         return dataclasses.replace(
             entry,
-            name=f"{entry.name}.{output}",
+            name=f"{entry.name}.{name}",
             dtype=dtype,
             shape=(*experts, *shape),
-            steps=(*entry.steps[:-1], step(name, output=output, **how), *layout),
-            parameters=entry.parameters if output in ("codes", "values") else 0,
-            cut="rows",
+            steps=(*entry.steps[:-1], dataclasses.replace(form.quantizer, output=output), *layout),
+            parameters=entry.parameters if name in ("codes", "values") else 0,
+            cut="rows" if form.by_output else None,
         )
 
     weight = work.graph.initializers[entry.name]
     build = tape.Tape()
     if target_named(recipe.target).engine is None:
-        values = stored("values", "float32", (outputs, inputs), FLOAT32)
+        values = stored("values", "values", "float32", (outputs, inputs), FLOAT32)
         *front, row, column = range(len(entry.shape))
         build.op("Transpose", work.replace_weight(entry, values), {"perm": [*front, column, row]})
     else:
-        layout = step("pack_rows", bits=4) if scheme.block_size else step("rows", dtype=scheme.dtype)
-        entries = [stored("codes", scheme.dtype, (outputs, inputs), layout)]
-        if scheme.block_size:
-            blocks = (outputs, inputs // scheme.block_size)
-            entries.append(stored("blocks", "float8e4m3fn", blocks, step("rows", dtype="float8e4m3fn")))
-        gains = stored("scales", "float32", (1, outputs) if experts else (outputs,), step("gains"), FLOAT32)
-        entries.append(dataclasses.replace(gains, name=f"{entry.name}.gains"))
+        entries = [stored("codes", "codes", scheme.dtype, (outputs, inputs), form.codes)]
+        if form.group:
+            layout = step("rows", dtype=form.group_dtype)
+            shape = (outputs, inputs // form.group)
+            entries.append(stored("groups", form.groups_from, form.group_dtype, shape, *form.groups, layout))
+        shape = (1, outputs) if experts else (outputs,)
+        entries.append(stored("gains", "scales", "float32", shape, *form.outputs, step("gains"), FLOAT32))
         write_float(build, work, *work.replace_weight(entry, *entries))
     for node in build.nodes:
         node.metadata_props[SCOPE] = entry.name

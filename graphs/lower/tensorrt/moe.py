@@ -162,7 +162,7 @@ class _Blocks:
     def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
         """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]."""
         fp8 = find_float(self.work, weight)
-        if fp8 is None or fp8.blocks:
+        if fp8 is None or not fp8.rounds_inputs:
             return self.op("MatMul", [x, self.op("Gather", [weight, expert_NB], {"axis": 0})])
         codes, gain = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in (fp8.dequantized, fp8.gain))
         gathered = dataclasses.replace(fp8, dequantized=codes, gain=gain)

@@ -105,7 +105,7 @@ def _stored(work: ModelAndPlan, weight: ir.Value | None) -> _Stored:
     if quantized is not None:
         return _Stored(f"int{quantized.bits}", quantized.group_size, quantized.codes, quantized.scales)
     if number is not None:
-        return _Stored("nvfp4" if number.blocks else "fp8", 0, number.codes, number.gains)
+        return _Stored(work.recipe.of(number.codes.weight).weights, 0, number.codes, number.gains)
     entry = work.entry_of(weight)
     if entry is None:
         raise PatternAbsent(f"the experts' {weight.name if weight else 'weight'} is no planned weight")

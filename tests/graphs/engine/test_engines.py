@@ -55,7 +55,7 @@ def sidecar(bundle: Path) -> dict[str, Any]:
 
 
 ENGINES = [(weights, gpu) for weights in ("fp16", "int4") for gpu in ("8.6", "rtx4090", "12.0", "8.6,8.9,12.0")]
-ENGINES += [("fp8", "rtx4090"), ("fp8", "12.0"), ("nvfp4", "12.0")]
+ENGINES += [("fp8", "rtx4090"), ("fp8", "12.0"), ("w4a8", "rtx4090"), ("w4a8", "12.0"), ("nvfp4", "12.0")]
 
 
 @pytest.mark.parametrize(("weights", "gpu"), ENGINES)
@@ -72,9 +72,13 @@ def test_the_demo_builds_and_its_engine_is_as_large_as_its_weights_bits(
     assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.02
     assert [profile["name"] for profile in about["profiles"]] == ["decode", "prefill"]
     for profile in about["profiles"]:
-        for scheme, kind, share in (("int4", "int4", 0.9), ("fp8", "fp8_e4m3", 0.95), ("nvfp4", "fp4_e2m1", 0.85)):
+        for schemes, kind, share in (
+            ("int4 w4a8", "int4", 0.9),
+            ("fp8", "fp8_e4m3", 0.95),
+            ("nvfp4", "fp4_e2m1", 0.85),
+        ):
             stored = profile["weights"].get(kind, 0)
-            assert (stored > share * about["expected_weight_bytes"]) == (scheme == weights)
+            assert (stored > share * about["expected_weight_bytes"]) == (weights in schemes.split())
         fused = {layer for kernel in profile["kernels"] if "mha" in kernel["name"] for layer in kernel["layers"]}
         assert fused == {f"layers.{i}.self_attn.core.Attention" for i in range(4)}
 
@@ -127,6 +131,20 @@ def test_fp8_is_multiplied_as_fp8_and_experts_are_gathered_as_such(built: Callab
         gathers = [k for k in profile["kernels"] if k["name"].endswith("GathGath")]
         written = [(tensor["shape"][-2:], tensor["type"]) for kernel in gathers for tensor in kernel["writes"]]
         assert written.count(([512, 256], "fp8_e4m3")) == written.count(([256, 256], "fp8_e4m3")) == 4
+
+
+def test_w4a8_is_stored_as_int4_and_multiplied_as_fp8(built: Callable[[str, str], Path]) -> None:
+    """Of experts those that are gathered become FP8, of dense matrices all of each, and are listed."""
+    numbers = 4 * 16 * 3 * 256 * 256 + 4 * (3 + 3) * 256 * 256 + 256 * 2048
+    for profile in sidecar(built("w4a8", "rtx4090"))["profiles"]:
+        assert profile["weights"]["int4"] == numbers // 2
+        assert len(products(profile)) == 4 * (2 + 2 + 2) + 1  # attention, shared expert, experts; the head
+        for name, kernel in products(profile).items():
+            assert read(kernel)[:2] == ["fp8_e4m3"] * 2, name
+        written = [tensor for kernel in profile["unfused_weights"] for tensor in kernel["writes"]]
+        assert {tensor["type"] for tensor in written} == {"fp8_e4m3"}
+        experts = [tensor for tensor in written if isinstance(tensor["shape"][0], str)]
+        assert sum(tensor["known_bytes"] for tensor in experts) == 4 * 3 * 256 * 256
 
 
 def test_nvfp4_stays_in_the_engine_and_what_is_written_as_float16_is_listed(built: Callable[[str, str], Path]) -> None:

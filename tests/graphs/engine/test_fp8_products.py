@@ -81,6 +81,15 @@ def test_scales_in_fp8_are_no_fp8_matrix() -> None:
     assert fp8_products(graph) == ()
 
 
+def test_int4_that_is_rounded_to_fp8_is_an_fp8_matrix() -> None:
+    nodes = [("DequantizeLinear", ["codes", "groups"], "w4"), ("QuantizeLinear", ["w4", "base", "zero"], "w8")]
+    nodes += [("DequantizeLinear", ["w8", "base"], "w")]
+    made = [helper.make_node(op, inputs, [out]) for op, inputs, out in nodes]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    codes = helper.make_tensor("codes", TensorProto.INT4, (32, 32), bytes(512), raw=True)
+    assert fp8_products(helper.make_graph([*made, product], "g", [], [], [codes])) == ("product",)
+
+
 def test_fp8_in_both_operands_passes(tmp_path: Path) -> None:
     save(SOUND, tmp_path / "g.onnx")
     engine = build_engine(tmp_path / "g.onnx", "g.engine", SETTINGS)

@@ -86,10 +86,10 @@ def test_every_matrix_is_stored_in_four_bits_with_a_scale_for_sixteen(
     codes = {name for name in stored if name.endswith(".codes")}
     assert {stored[name].data_type for name in codes} == {onnx.TensorProto.FLOAT4E2M1}
     for name in codes:
-        blocks = stored[name.replace(".codes", ".blocks")]
-        assert blocks.data_type == onnx.TensorProto.FLOAT8E4M3FN
+        groups = stored[name.replace(".codes", ".groups")]
+        assert groups.data_type == onnx.TensorProto.FLOAT8E4M3FN
         *front, inputs = stored[name].dims
-        assert list(blocks.dims) == [*front, inputs // 16]
+        assert list(groups.dims) == [*front, inputs // 16]
     rows = {row.kind: row for row in bundle.manifest.coverage}
     assert {rows[kind].stored for kind in ("experts", "shared expert", "attention", "head")} == {"nvfp4"}
     experts = rows["experts"]
@@ -119,6 +119,11 @@ def test_mxfp4_is_refused_for_engines_with_the_parsers_words() -> None:
     for target in ("tensorrt-rtx", "tensorrt"):
         with pytest.raises(InputError, match=r"does not take mxfp4 weights.*E8M0.*cannot be imported.*Use nvfp4"):
             Recipe(target=target, weights="mxfp4")
+
+
+def test_caches_in_fp8_are_refused_for_engines_with_the_builders_words() -> None:
+    with pytest.raises(InputError, match=r'kv "fp8" is not known.*cache has type FP8 but must have.*Use --kv float'):
+        Recipe(target="tensorrt-rtx", weights="fp8", kv="fp8")
 
 
 def test_gpus_without_fp4_are_refused() -> None:
