@@ -34,7 +34,9 @@ class Recipe:
     group_size: int = DEFAULT_GROUP_SIZE
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
     kv: str = "float"  # the KV cache: in the target's float type, or with kernels "corral" in int8 or int4
-    calibration: str = "python-library"  # of calibrated methods, fp8 and w4a8: a UTF-8 file, or a text that corral ships
+    calibration: str = (
+        "python-library"  # of calibrated methods, fp8 and w4a8: a UTF-8 file, or a text that corral ships
+    )
     calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
