@@ -16,7 +16,7 @@ namespace corral {
 namespace {
 
 // Of the operators and of the layout of their weights; equal to spec/cpu_ops.py's.
-constexpr int kVersion = 2;
+constexpr int kVersion = 3;
 constexpr const char* kDomain = "corral.cpu";
 
 bool new_enough(const char* version) {
@@ -35,7 +35,7 @@ ort::CustomOpDomain* domain(const ort::Api& api) {
     ort::CustomOpDomain* fresh = nullptr;
     api.check(ort::kCreateCustomOpDomain, kDomain, &fresh);
     for (const ort::CustomOp* op :
-         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record(),
+         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record(), Operator<TiledMoE>::record(),
           Operator<Attention<FloatRows>>::record(), Operator<Attention<Int8Rows>>::record(),
           Operator<Attention<Int4Rows>>::record(), Operator<AddRmsNorm>::record()}) {
       api.check(ort::kCustomOpDomainAdd, fresh, op);
