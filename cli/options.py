@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES
-from corral.spec.recipe import METHODS, Recipe, read_recipe
+from corral.spec.quant_scheme import GROUP_SIZES, METHODS, SCHEMES
+from corral.spec.recipe import Recipe, read_recipe
 from corral.spec.target import TARGETS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,7 +52,7 @@ RECIPE_HELP = {
     "target": f"Where it will run: {', '.join(TARGETS)}.",
     "weights": f"How weight matrices are stored: {', '.join(SCHEMES)}.",
     "method": f"How they are quantized: {', '.join(METHODS)}.",
-    "calibration": "For calibrated methods and fp8: a text file, or the name of a text that corral ships.",
+    "calibration": "For calibrated methods, fp8 and w4a8: a text file, or the name of a text that corral ships.",
     "calibration_tokens": "Tokens of that text that are used, at most.",
     "stages": "Ranges of layers, each with a graph and weight shards of its own.",
     "stage_gb": "As many more stages that none has more GB of weights; 0: no limit.",

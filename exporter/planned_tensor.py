@@ -13,6 +13,7 @@ ONNX_TYPE = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "float8e4m3fn": ir.DataType.FLOAT8E4M3FN,
+    "float4e2m1": ir.DataType.FLOAT4E2M1,
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
     "int8": ir.DataType.INT8,

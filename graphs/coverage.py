@@ -9,14 +9,17 @@ from corral.spec.quant_scheme import in_words
 from corral.spec.weight_plan import Entry, WeightPlan
 
 FP8_STEPS = ("e4m3", "input_scale")
+FP4_STEPS = ("nvfp4", "mxfp4")
 
 
 def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> tuple[CoverageRecord, ...]:
     """One record per kind of weight, way of storing it and way it was published, in the order of `KINDS`."""
     rows: dict[tuple[str, str, str], list[Entry]] = {}
     fell_back = {(fallback.weight, fallback.expert) for fallback in calibration.fallbacks} if calibration else set()
+    words = {entry.weight: stored_as(entry) for entry in plan if entry.parameters}
     for entry in plan:
-        rows.setdefault((kind_of(entry.weight).name, stored_as(entry), entry.published), []).append(entry)
+        stored = words.get(entry.weight) or stored_as(entry)  # what scales a weight is part of it
+        rows.setdefault((kind_of(entry.weight).name, stored, entry.published), []).append(entry)
     order = [kind.name for kind in KINDS]
     return tuple(
         CoverageRecord(
@@ -35,10 +38,14 @@ def coverage(plan: WeightPlan, calibration: CalibrationRecord | None = None) -> 
 
 
 def stored_as(entry: Entry) -> str:
-    """A weight's storage in words: "int4 g128" or its element type."""
+    """A weight's storage in words: "int4 g128", "mxfp4 (emulated in float32)" or its element type."""
     for step in entry.steps:
         if step.name in FP8_STEPS:
             return in_words("fp8", 0)
+        if step.name in FP4_STEPS:
+            method = dict(step.args)["method"]
+            emulated = " (emulated in float32)" if step.output == "values" else ""
+            return step.name + (f" {method}" if method != "rtn" else "") + emulated
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
             method = "" if step.name in ("rtn", "as_published") else f" {step.name.replace('_', '-')}"

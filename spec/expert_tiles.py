@@ -14,7 +14,7 @@ from corral.spec.model_config import ModelConfig
 from corral.spec.storage import WEIGHT_BITS
 
 MAX_BLOCK = 64  # rows of a block of the block-aligned experts: a matrix kernel's tile
-COPY_BITS = {"fp8": 8}  # of a number in a copy; of other weights 16
+COPY_BITS = {"fp8": 8, "w4a8": 8}  # of a number in a copy; of other weights 16
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 KERNELS = 5  # of a tile, as seen in schedules of TensorRT for RTX 1.7.1
 KERNEL_SECONDS = 2e-6  # assumed: from one kernel of a recorded step to the next

@@ -2,7 +2,8 @@
 
 value = scale * (code - zero) with unsigned codes, one scale per `group_size` inputs of one output. Codes are symmetric,
 zero = 2**(bits-1), or asymmetric: then each group has a zero point of its own, one of the codes. Group size counts along the
-input dimension. FP8 has one scale per output, and its activations are FP8, too.
+input dimension. FP8 has one scale per output, and its activations are FP8, too. FP4 has blocks of a size of its own, whose
+scales are themselves small floating-point numbers. W4A8 is int4 that is multiplied as FP8.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from corral.spec.errors import InputError
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 128
 ZERO_POINT_BITS = 4  # that a zero point is stored in, whatever its codes have
+METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")  # of choosing codes and scales; "rtn" is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,9 @@ class QuantScheme:
     name: str
     bits: int | None
     dtype: str  # of the stored values: an ONNX element type in lower case
+    methods: tuple[str, ...] = ("rtn",)  # that there are for it
+    block_size: int = 0  # of FP4: inputs that share a scale of 8 bits
+    rounds_activations: bool = False  # whether a product reads FP8 twice: the matrix, and activations rounded to it
 
     @property
     def is_quantized(self) -> bool:
@@ -30,24 +35,22 @@ class QuantScheme:
 
     @property
     def is_float(self) -> bool:
-        """Whether codes are small floating-point numbers with one scale an output, multiplied with their like."""
-        return self.dtype.startswith("float8")
-
-    @property
-    def takes_methods(self) -> bool:
-        """Whether there is more than one way to choose codes: they are whole numbers, with a scale a group."""
-        return self.is_quantized and not self.is_float
+        """Whether codes are small floating-point numbers."""
+        return self.is_quantized and self.dtype.startswith("float")
 
     @property
     def takes_zero_points(self) -> bool:
         """Whether codes may be asymmetric: with 8 bits there are enough of them on either side of 0."""
-        return self.takes_methods and self.bits is not None and self.bits <= ZERO_POINT_BITS
+        integers = not self.is_float and not self.rounds_activations
+        return integers and self.bits is not None and self.bits <= ZERO_POINT_BITS
 
     def bits_per_weight(self, group_size: int) -> float:
-        """Stored bits per weight, float32 scales of groups included."""
+        """Stored bits per weight, float32 scales of groups included, those of outputs not."""
         if self.bits is None:
             return {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}[self.dtype]
-        return self.bits + (0 if self.is_float else 32 / group_size)
+        if self.is_float:
+            return self.bits + (8 / self.block_size if self.block_size else 0)
+        return self.bits + 32 / group_size
 
 
 SCHEMES = {
@@ -56,12 +59,17 @@ SCHEMES = {
         QuantScheme(name="fp32", bits=None, dtype="float32"),
         QuantScheme(name="fp16", bits=None, dtype="float16"),
         QuantScheme(name="bf16", bits=None, dtype="bfloat16"),
-        QuantScheme(name="fp8", bits=8, dtype="float8e4m3fn"),
-        QuantScheme(name="int8", bits=8, dtype="int8"),
-        QuantScheme(name="int4", bits=4, dtype="int4"),
+        QuantScheme(name="fp8", bits=8, dtype="float8e4m3fn", rounds_activations=True),
+        QuantScheme(
+            name="w4a8", bits=4, dtype="int4", methods=("rtn", "rtn-mse", "hqq", "gptq"), rounds_activations=True
+        ),
+        QuantScheme(name="nvfp4", bits=4, dtype="float4e2m1", methods=("rtn", "rtn-mse"), block_size=16),
+        QuantScheme(name="mxfp4", bits=4, dtype="float4e2m1", methods=("rtn", "rtn-mse"), block_size=32),
+        QuantScheme(name="int8", bits=8, dtype="int8", methods=METHODS),
+        QuantScheme(name="int4", bits=4, dtype="int4", methods=METHODS),
         # ONNX has no 3 bits, and few backends its 2: until a lowering stores them, codes are kept as INT4.
-        QuantScheme(name="int3", bits=3, dtype="int4"),
-        QuantScheme(name="int2", bits=2, dtype="int4"),
+        QuantScheme(name="int3", bits=3, dtype="int4", methods=METHODS),
+        QuantScheme(name="int2", bits=2, dtype="int4", methods=METHODS),
     )
 }
 
@@ -70,6 +78,8 @@ def in_words(scheme: str, group_size: int, asymmetric: bool = False) -> str:
     """A quantized weight's storage, as in "int4 g128" or "int4 g128 asymmetric". Equal words: equal codes, scales and zero
     points mean the same numbers.
     """
+    if SCHEMES[scheme].block_size:
+        return scheme  # its name says the block size
     if SCHEMES[scheme].is_float:
         return f"{scheme} per output"
     return f"{scheme} g{group_size}" + (" asymmetric" if asymmetric else "")

@@ -13,11 +13,10 @@ from typing import Any
 from corral.spec import cpu_ops
 from corral.spec.errors import InputError
 from corral.spec.gpus import capability_of
-from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
+from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, METHODS, scheme_named
 from corral.spec.rule import Rule
 from corral.spec.target import TARGETS, check_capability, target_named
 
-METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
 LEAST_CALIBRATION_TOKENS = 512
 KV_CACHES = ("float", "int8", "int4")
@@ -36,7 +35,7 @@ class Recipe:
     asymmetric: bool = False  # each group of codes has a zero point of its own
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
     kv: str = "float"  # the KV cache: in the target's float type, or with kernels "corral" in int8 or int4
-    calibration: str = "python-library"  # of calibrated methods and fp8: a UTF-8 file, or a text that corral ships
+    calibration: str = "python-library"  # of methods, fp8, w4a8: a UTF-8 file, or a text that corral ships
     calibration_tokens: int = 65536  # of it, at most
     stages: int = 1  # ranges of layers, each with a graph and weight shards of its own
     stage_gb: int = 0  # as many more that no stage's weights exceed this; 0: no limit
@@ -53,13 +52,14 @@ class Recipe:
         if scheme.name not in target.all_weights:
             raise InputError(
                 f"target {target.name} does not take {scheme.name} weights; it takes {', '.join(target.all_weights)}."
+                + target.refused.get(scheme.name, "")
             )
         if self.method not in METHODS:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
-        if self.method != "rtn" and not scheme.takes_methods:
+        if self.method != "rtn" and self.method not in scheme.methods:
             raise InputError(
-                f"method {self.method} chooses codes for groups of weights, and {scheme.name} has no groups. Leave the "
-                "method out, or name it in a rule for the matrices that it is for."
+                f"method {self.method} does not make {scheme.name} weights; expected {' or '.join(scheme.methods)}. Name "
+                "another method, or name it in a rule for the matrices that it is for."
             )
         if self.calibration_tokens < LEAST_CALIBRATION_TOKENS:
             raise InputError(
@@ -73,9 +73,9 @@ class Recipe:
                 "it in a rule for matrices of int4."
             )
         if self.asymmetric and not target.zero_points:
-            able = ", ".join(other.name for other in TARGETS.values() if other.zero_points)
+            others = ", ".join(other.name for other in TARGETS.values() if other.zero_points)
             raise InputError(
-                f"the kernels of target {target.name} take no zero points. Leave asymmetric out, or use target {able}."
+                f"the kernels of target {target.name} take no zero points. Leave asymmetric out, or use target {others}."
             )
         if self.kernels not in target.kernels:
             raise InputError(
@@ -89,7 +89,10 @@ class Recipe:
                 f"Use --kernels {' or '.join(able)}."
             )
         if self.kv not in KV_CACHES:
-            raise InputError(f'kv "{self.kv}" is not known; expected one of {", ".join(KV_CACHES)}.')
+            raise InputError(
+                f'kv "{self.kv}" is not known; expected one of {", ".join(KV_CACHES)}.'
+                + target.refused.get(f"{self.kv} caches", "")
+            )
         if self.kv != "float" and self.kernels != "corral":
             raise InputError(
                 f"a KV cache in {self.kv} is read by corral's CPU kernels only; target {target.name} with "
@@ -133,10 +136,11 @@ class Recipe:
 
     def _ruled(self, rule: Rule) -> Recipe:
         changes = rule.changes()
-        if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
-            changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
-        if "weights" in changes and not scheme_named(changes["weights"]).takes_zero_points:
-            changes = {"asymmetric": False} | changes
+        if "weights" in changes:
+            scheme = scheme_named(changes["weights"])
+            method = self.method if self.method in scheme.methods else scheme.methods[-1]
+            asymmetric = self.asymmetric and scheme.takes_zero_points
+            changes = {"method": method, "asymmetric": asymmetric} | changes
         # Where corral has no kernels for a matrix, those of ONNX Runtime compute it, or the lowering refuses.
         able = target_named(self.target).kernels[self.kernels]
         kernels = self.kernels if changes.get("weights", self.weights) in able else "stock"
@@ -162,7 +166,7 @@ class Recipe:
     @property
     def rounds_activations(self) -> bool:
         """Whether what matrices are multiplied with is quantized, too, by scales that a calibration text shows."""
-        return any(scheme_named(name).is_float for name in self.schemes)
+        return any(scheme_named(name).rounds_activations for name in self.schemes)
 
     @property
     def kv_dtype(self) -> str:

@@ -8,10 +8,11 @@ from corral.spec.errors import InputError
 from corral.spec.weight_plan import ITEM_BITS
 
 # How matrices may be stored -> bits of a code, and whether groups of inputs share a float32 scale. fp8 has one scale an
-# output, which is not counted (less than 0.1 %). Some of these are planned for GPUs and not compiled yet.
+# output, which is not counted (less than 0.1 %), FP4 one of 8 bits for each 16 or 32 inputs, which is. Some of these are
+# planned for GPUs and not compiled yet.
 WEIGHT_BITS = {
     "fp32": (32, False), "fp16": (16, False), "bf16": (16, False), "fp8": (8, False), "int8": (8, True), "int4": (4, True),
-    "int3": (3, True), "int2": (2, True),
+    "int3": (3, True), "int2": (2, True), "w4a8": (4, True), "nvfp4": (4.5, False), "mxfp4": (4.25, False),
 }  # fmt: skip
 IN_FLOAT32 = ("router", "norm")
 

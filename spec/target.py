@@ -30,6 +30,9 @@ class Target:
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(
+        default_factory=dict
+    )  # weights and caches that it does not take -> why, and what to do
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
@@ -46,11 +49,21 @@ class Target:
 RTX_CAPABILITIES = {
     "8.0": ("fp16", "int4"),
     "8.6": ("fp16", "int4"),
-    "8.9": ("fp16", "int4", "fp8"),
-    "12.0": ("fp16", "int4", "fp8"),
+    "8.9": ("fp16", "int4", "fp8", "w4a8"),
+    "12.0": ("fp16", "int4", "fp8", "w4a8", "nvfp4"),
 }
 # What NVIDIA's support matrix says of TensorRT 11. Nothing of it was tried: it needs a GPU to build.
-TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {"9.0": ("fp16", "int4", "fp8"), "10.0": ("fp16", "int4", "fp8")}
+TENSORRT_CAPABILITIES = RTX_CAPABILITIES | {
+    "9.0": ("fp16", "int4", "fp8", "w4a8"),
+    "10.0": ("fp16", "int4", "fp8", "w4a8", "nvfp4"),
+}
+# What TensorRT for RTX 1.7.1 refuses, in its words.
+REFUSED = {
+    "fp8 caches": ' TensorRT writes caches by TensorScatter, which refuses FP8 ("cache has type FP8 but must have type Float, '
+    'Half, or BFloat16"). Use --kv float, which is float16 there.',
+    "mxfp4": ' TensorRT imports no scales of type E8M0 ("ONNX initializer … cannot be imported into TensorRT!"). Use nvfp4, '
+    "or target portable, which emulates mxfp4.",
+}
 # What onnxruntime-gpu 1.31.1 holds code for: read from its library, nothing of it tried.
 CUDA_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "12.0")
 
@@ -61,7 +74,7 @@ TARGETS = {
         Target(
             name="portable",
             description="standard ONNX operators only: any ONNX backend, and the oracle for every other target",
-            weights=("fp32", "int8", "int4"),
+            weights=("fp32", "int8", "int4", "nvfp4", "mxfp4"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
             zero_points=True,
@@ -88,22 +101,24 @@ TARGETS = {
         Target(
             name="tensorrt-rtx",
             description="engines of TensorRT for RTX, built without a GPU",
-            weights=("fp16", "int4", "fp8"),
+            weights=("fp16", "int4", "fp8", "w4a8", "nvfp4"),
             requires=(("tensorrt-rtx-cu13", "1.7.1"),),
             opset=24,
             kv_dtype="float16",
             engine="tensorrt_rtx",
             capabilities=RTX_CAPABILITIES,
+            refused=REFUSED,
         ),
         Target(
             name="tensorrt",
             description="engines of TensorRT, built on the GPU that they are for",
-            weights=("fp16", "int4", "fp8"),
+            weights=("fp16", "int4", "fp8", "w4a8", "nvfp4"),
             requires=(("tensorrt", "11.0"),),
             opset=24,
             kv_dtype="float16",
             engine="tensorrt",
             capabilities=TENSORRT_CAPABILITIES,
+            refused=REFUSED,
         ),
     )
 }

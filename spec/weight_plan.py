@@ -28,7 +28,7 @@ ALIGNMENT = 4096
 
 ITEM_BITS = {
     "float32": 32, "float16": 16, "bfloat16": 16, "int64": 64, "int32": 32, "int8": 8, "uint8": 8,
-    "float8e4m3fn": 8, "int4": 4, "uint4": 4,
+    "float8e4m3fn": 8, "float4e2m1": 4, "int4": 4, "uint4": 4,
 }  # fmt: skip
 
 

@@ -33,8 +33,9 @@ PARTIAL = ".partial"
 TOLERANCE, AROUND_BYTES = 0.15, 1 << 20
 # Peak memory of a build, measured: up to three times the weights, and the builder itself.
 MEMORY_FACTOR, MEMORY_BYTES = 3, 1 << 30
-FLOATS = ("float", "half", "bfloat16")
-QUANTIZED = {"INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8_e4m3"}  # ONNX's types -> the schedule's
+COPIES = ("float", "half", "bfloat16", "fp8_e4m3")  # what a dequantized weight is written as
+# ONNX's types -> the schedule's
+QUANTIZED = {"INT4": "int4", "INT8": "int8", "FLOAT8E4M3FN": "fp8_e4m3", "FLOAT4E2M1": "fp4_e2m1"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,7 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
             {
                 "kernel": kernel.name,
                 "layers": [layer for layer in kernel.layers if layer.endswith("DequantizeLinear")],
-                "writes": [_operand(operand) for operand in kernel.writes if operand.type in FLOATS],
+                "writes": [_operand(operand) for operand in kernel.writes if operand.type in COPIES],
             }
             for kernel in schedule.unfused_weights()
         ],

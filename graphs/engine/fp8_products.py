@@ -18,15 +18,16 @@ FP8 = "fp8_e4m3"  # the schedule's word
 
 
 def fp8_products(graph: Any) -> tuple[str, ...]:
-    """The names of an onnx.GraphProto's MatMul nodes that an FP8 matrix reaches, in the graph's order."""
+    """The names of an onnx.GraphProto's MatMul nodes that a matrix in FP8 reaches, stored so or rounded, in its order."""
     import onnx
 
     users = defaultdict(list)
     for node in graph.node:
-        for name in node.input:
+        for name in node.input[:1] if node.op_type == "DequantizeLinear" else node.input:  # its second are scales
             users[name].append(node)
     float8 = onnx.TensorProto.FLOAT8E4M3FN
     reached = {tensor.name for tensor in graph.initializer if tensor.data_type == float8 and len(tensor.dims) > 1}
+    reached |= {name for node in graph.node if node.op_type == "QuantizeLinear" for name in node.output}
     found, left = set(), list(reached)
     while left:
         for node in users[left.pop()]:

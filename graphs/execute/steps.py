@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.graphs.quantize.awq import awq, rescale
-from corral.graphs.quantize.e4m3 import e4m3, gains, input_scale
+from corral.graphs.quantize.e2m1 import mxfp4, nvfp4
+from corral.graphs.quantize.e4m3 import e4m3, gains, group_scales, input_scale, output_scales
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
@@ -77,7 +78,11 @@ STEPS: dict[str, Callable[..., Any]] = {
     "awq": awq,
     "rescale": rescale,
     "e4m3": e4m3,
+    "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
     "gains": gains,
+    "group_scales": group_scales,
+    "output_scales": output_scales,
     "input_scale": input_scale,
     "as_published": as_published,
     "take": take,

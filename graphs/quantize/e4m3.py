@@ -24,15 +24,34 @@ def e4m3(weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     Codes are float8_e4m3fn and never NaN; an output of zeros gets scale 1. Raises InputError where a weight is not
     finite.
     """
-    extreme = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
-    if not np.isfinite(extreme).all():
-        raise InputError("a weight is infinite or NaN, which no FP8 code can stand for: the checkpoint is damaged.")
+    extreme = largest_magnitudes(weight, "FP8")
     scales = np.maximum(extreme / np.float32(LARGEST), np.float32(SMALLEST_SCALE))
     scales[extreme == 0] = 1
     # The quotient can be a rounding above the largest code, and beyond it is NaN, not a clipped value.
     quotient = weight / scales
     np.clip(quotient, -LARGEST, LARGEST, out=quotient)
     return {"codes": quotient.astype(ml_dtypes.float8_e4m3fn), "scales": scales}
+
+
+def largest_magnitudes(weight: NDArray[np.float32], codes: str) -> NDArray[np.float32]:
+    """Of each output [outputs, 1]. Raises InputError where a weight is not finite; `codes` is the format's name."""
+    extreme: NDArray[np.float32] = np.maximum(weight.max(axis=1, keepdims=True), -weight.min(axis=1, keepdims=True))
+    if not np.isfinite(extreme).all():
+        raise InputError(
+            f"a weight is infinite or NaN, which no {codes} code can stand for: the checkpoint is damaged."
+        )
+    return extreme
+
+
+def output_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of int4 codes with `scales` [outputs, groups] that become e4m3: one an output, [outputs, 1], by which -8 becomes -448."""
+    largest = np.float32(8 / LARGEST) * scales.max(axis=1, keepdims=True)
+    return np.maximum(largest, np.float32(SMALLEST_SCALE))
+
+
+def group_scales(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is left of int4's scales [outputs, groups] beside gains: codes times it, over BASE, are numbers for e4m3."""
+    return scales / output_scales(scales) * np.float32(BASE)
 
 
 def gains(scales: NDArray[np.float32]) -> NDArray[np.float32]:

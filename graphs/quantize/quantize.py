@@ -1,7 +1,8 @@
 """The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan; with
 asymmetric codes DequantizeLinear(codes, scales, zeros).
 
-FP8 has one scale an output: `fp8_weight.py`.
+FP8, W4A8 and NVFP4 have a scale an output besides: `float_weight.py`. A target that builds no engines has no kernels for
+FP4, and emulates it: the values that codes stand for are stored in float32.
 
 Standard ONNX (blocked DequantizeLinear, opset 21): every target's lowering starts from it, and it runs as it is.
 """
@@ -16,14 +17,16 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.embedding_table import quantize_embedding
-from corral.graphs.quantize.fp8_weight import write_fp8
+from corral.graphs.quantize.float_form import check_group, form_of
+from corral.graphs.quantize.float_weight import write_float
 from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.methods import AS_PUBLISHED, METHODS, method_for
 from corral.model.checkpoint.names import EMBEDDING
 from corral.spec.errors import InputError
-from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, in_words, scheme_named
+from corral.spec.quant_scheme import GROUP_SIZES, SCHEMES, QuantScheme, in_words, scheme_named
 from corral.spec.recipe import Recipe
-from corral.spec.weight_plan import Entry, step
+from corral.spec.target import target_named
+from corral.spec.weight_plan import Entry, Step, step
 
 # How a checkpoint may store weights -> the options that keep them so.
 KEEPING = {
@@ -31,8 +34,12 @@ KEEPING = {
     for scheme in SCHEMES
     for group in GROUP_SIZES
     for asymmetric in (False, True)
-    if SCHEMES[scheme].takes_methods and (SCHEMES[scheme].takes_zero_points or not asymmetric)
+    if SCHEMES[scheme].is_quantized and not SCHEMES[scheme].is_float
+    if SCHEMES[scheme].takes_zero_points or not asymmetric
 }
+
+
+FLOAT32 = step("rows", dtype="float32")
 
 
 def quantize_weights(work: ModelAndPlan) -> bool:
@@ -56,8 +63,10 @@ def quantize_weights(work: ModelAndPlan) -> bool:
         if entry.weight == EMBEDDING:
             changed |= quantize_embedding(work, entry)
         elif kind_of(entry.weight).quantized and scheme.bits is not None:
-            if scheme.is_float:
-                _quantize_fp8(work, entry, recipe, scheme.dtype)
+            if entry.steps[-1].name != "columns":
+                raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
+            if scheme.is_float or scheme.rounds_activations:
+                _quantize_float(work, entry, recipe, scheme)
             else:
                 _quantize(work, entry, recipe, scheme.bits, scheme.dtype)
             changed = True
@@ -68,13 +77,8 @@ def quantize_weights(work: ModelAndPlan) -> bool:
 
 
 def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype: str) -> None:
-    if entry.steps[-1].name != "columns":
-        raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
     group, inputs = recipe.group_size, entry.shape[-2]
-    if inputs % group:
-        fitting = [str(size) for size in GROUP_SIZES if inputs % size == 0]
-        remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "use --weights fp32"
-        raise InputError(f"group size {group} does not divide the {inputs} inputs of {entry.name}; {remedy}.")
+    check_group(entry, group)
     method = method_for(entry.published, recipe)
     if method is AS_PUBLISHED:
         entry = dataclasses.replace(
@@ -113,30 +117,39 @@ def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype
     _replace(work, weight, ir.node("DequantizeLinear", values, attributes, metadata_props={SCOPE: entry.name}))
 
 
-def _quantize_fp8(work: ModelAndPlan, entry: Entry, recipe: Recipe, dtype: str) -> None:
+def _quantize_float(work: ModelAndPlan, entry: Entry, recipe: Recipe, scheme: QuantScheme) -> None:
     """Codes are stored [..., outputs, inputs], as they are read: so a part of the outputs is a job, with their scales."""
-    if entry.steps[-1].name != "columns":
-        raise PatternAbsent(f"{entry.name} is not stored [inputs, outputs]: run fold_weight_transposes before")
     if entry.published and not recipe.requantize:
         raise _published_otherwise(entry, recipe)
     *experts, inputs, outputs = entry.shape
-    codes = dataclasses.replace(
-        entry.with_layout(step("e4m3", output="codes"), step("rows", dtype=dtype)),
-        name=f"{entry.name}.codes",
-        dtype=dtype,
-        shape=(*experts, outputs, inputs),
-        cut="rows",
-    )
-    gains = dataclasses.replace(
-        entry.with_layout(step("e4m3", output="scales"), step("gains"), step("rows", dtype="float32")),
-        name=f"{entry.name}.gains",
-        shape=(*experts, 1, outputs) if experts else (outputs,),
-        parameters=0,
-        cut="rows",
-    )
+    form = form_of(entry, recipe, work.statistics)
+
+    def stored(name: str, output: str, dtype: str, shape: tuple[int, ...], *layout: Step) -> Entry:
+        return dataclasses.replace(
+            entry,
+            name=f"{entry.name}.{name}",
+            dtype=dtype,
+            shape=(*experts, *shape),
+            steps=(*entry.steps[:-1], dataclasses.replace(form.quantizer, output=output), *layout),
+            parameters=entry.parameters if name in ("codes", "values") else 0,
+            cut="rows" if form.by_output else None,
+        )
+
     weight = work.graph.initializers[entry.name]
     build = tape.Tape()
-    write_fp8(build, work, *work.replace_weight(entry, codes, gains))
+    if target_named(recipe.target).engine is None:
+        values = stored("values", "values", "float32", (outputs, inputs), FLOAT32)
+        *front, row, column = range(len(entry.shape))
+        build.op("Transpose", work.replace_weight(entry, values), {"perm": [*front, column, row]})
+    else:
+        entries = [stored("codes", "codes", scheme.dtype, (outputs, inputs), form.codes)]
+        if form.group:
+            layout = step("rows", dtype=form.group_dtype)
+            shape = (outputs, inputs // form.group)
+            entries.append(stored("groups", form.groups_from, form.group_dtype, shape, *form.groups, layout))
+        shape = (1, outputs) if experts else (outputs,)
+        entries.append(stored("gains", "scales", "float32", shape, *form.outputs, step("gains"), FLOAT32))
+        write_float(build, work, *work.replace_weight(entry, *entries))
     for node in build.nodes:
         node.metadata_props[SCOPE] = entry.name
     _replace(work, weight, *build.nodes)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from corral.graphs.quantize.e4m3 import BASE, group_scales, output_scales
 from corral.graphs.quantize.pack import pack_columns, pack_nibbles, pack_rows, pack_zero_rows, unpack_nibbles
 from corral.graphs.quantize.rtn import rtn
 from corral.graphs.quantize.tiles import tile_codes, tile_scales, tile_zeros
@@ -78,6 +79,14 @@ def test_a_group_is_scaled_by_its_largest_magnitude_alone() -> None:
     np.testing.assert_allclose(stored["scales"], [[1.0, 0.1]], rtol=1e-6)
     assert stored["codes"][0, :4].tolist() == [15, 4, 9, 8]
     assert stored["codes"][0, 32:35].tolist() == [15, 9, 8]
+
+
+@given(hnp.arrays(np.float32, (2, 3), elements=st.floats(2.0**-20, 2.0**10, width=32)))
+def test_codes_of_w4a8_become_numbers_of_fp8(scales: np.ndarray) -> None:
+    """The lowest code of an output's largest group becomes -448, and no code more; codes times both scales are values."""
+    left, outputs = group_scales(scales), output_scales(scales)
+    np.testing.assert_allclose(left / BASE * outputs, scales, rtol=1e-6)
+    np.testing.assert_allclose((8 * left / BASE).max(axis=1), 448, rtol=1e-6)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:

@@ -170,4 +170,6 @@ def test_bits_per_weight() -> None:
     assert SCHEMES["int4"].bits_per_weight(32) == 5
     assert SCHEMES["int4"].bits_per_weight(128) == 4.25
     assert SCHEMES["fp16"].bits_per_weight(128) == 16
-    assert [s.name for s in SCHEMES.values() if s.is_quantized] == ["fp8", "int8", "int4", "int3", "int2"]
+    assert (SCHEMES["nvfp4"].bits_per_weight(128), SCHEMES["mxfp4"].bits_per_weight(128)) == (4.5, 4.25)
+    quantized = "fp8 w4a8 nvfp4 mxfp4 int8 int4 int3 int2"
+    assert [s.name for s in SCHEMES.values() if s.is_quantized] == quantized.split()

@@ -2,8 +2,8 @@
 
 A tile of gate_up holds the gate's columns and then the up projection's. Slices of one weight would not do: a builder
 then dequantizes the whole once, for all of them. The numbers are the same. What is quantized by groups of inputs is cut
-before, so that a job reads a tile. What is quantized as a whole (gptq and awq; the inputs of FP8, whose outputs have one
-scale each) is cut after: the tiles of an expert are one job.
+before, so that a job reads a tile. What is quantized as a whole (gptq and awq; the inputs of FP8 and NVFP4, whose outputs have
+one scale each) is cut after: the tiles of an expert are one job.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.fp8_weight import Fp8Weight, find_fp8, write_fp8
+from corral.graphs.quantize.float_weight import FloatWeight, find_float, write_float
 from corral.graphs.quantize.quantized_weight import QuantizedWeight, find_quantized
 from corral.spec.errors import InputError
 from corral.spec.expert_tiles import chosen_tiles
@@ -43,8 +43,8 @@ def _tiles(work: ModelAndPlan, down: ir.Value) -> int:
     config, tiles = work.config, work.recipe.expert_tiles
     if tiles == 1:
         return 1
-    quantized, fp8 = find_quantized(work, down), find_fp8(work, down)
-    entry = quantized.codes if quantized else fp8.codes if fp8 else work.entry_of(down)
+    weight = find_quantized(work, down) or find_float(work, down)
+    entry = weight.codes if weight else work.entry_of(down)
     if entry is None:  # not planned: there is nothing to store otherwise
         return 1
     stored = work.recipe.of(entry.weight)
@@ -60,12 +60,12 @@ def _tiles(work: ModelAndPlan, down: ir.Value) -> int:
 
 def _cut(work: ModelAndPlan, node: ir.Node, weight: ir.Value, tiles: int, *, rows: bool) -> list[ir.Value]:
     """One weight in tiles of its outputs (`rows` of its sources), or of its inputs."""
-    quantized, fp8, entry = find_quantized(work, weight), find_fp8(work, weight), work.entry_of(weight)
+    quantized, number, entry = find_quantized(work, weight), find_float(work, weight), work.entry_of(weight)
     build = tape.Tape()
     if quantized is not None:
         values = _cut_quantized(build, work, quantized, tiles, rows)
-    elif fp8 is not None:
-        values = _cut_fp8(build, work, fp8, tiles, rows)
+    elif number is not None:
+        values = _cut_float(build, work, number, tiles, rows)
     elif entry is not None:
         values = work.replace_weight(entry, *_parts(entry, tiles, rows, axis=2 if rows else 1))
     else:
@@ -88,17 +88,19 @@ def _cut_quantized(
     ]
 
 
-def _cut_fp8(build: tape.Tape, work: ModelAndPlan, weight: Fp8Weight, tiles: int, rows: bool) -> list[ir.Value]:
+def _cut_float(build: tape.Tape, work: ModelAndPlan, weight: FloatWeight, tiles: int, rows: bool) -> list[ir.Value]:
     """Gains are an output's: tiles of outputs have their own, tiles of inputs share them."""
-    work.unlink(weight.codes)
-    codes = work.replace_weight(weight.codes, *_parts(weight.codes, tiles, rows, axis=1 if rows else 2))
-    gains = [weight.gain] * tiles
-    if rows:
-        work.unlink(weight.gains)
-        gains = work.replace_weight(weight.gains, *_parts(weight.gains, tiles, rows, axis=2))
+    parts = []
+    for stored in weight.entries:
+        if stored is weight.gains and not rows:
+            parts.append([weight.gain] * tiles)
+            continue
+        work.unlink(stored)
+        axis = 2 if stored is weight.gains or not rows else 1
+        parts.append(work.replace_weight(stored, *_parts(stored, tiles, rows, axis)))
     return [
-        _scoped(build, f"{weight.codes.weight}.{i}", write_fp8(build, work, *pair))
-        for i, pair in enumerate(zip(codes, gains, strict=True))
+        _scoped(build, f"{weight.codes.weight}.{i}", write_float(build, work, *part))
+        for i, part in enumerate(zip(*parts, strict=True))
     ]
 
 

@@ -3,7 +3,8 @@
     MatMul(x, Mul(Transpose(DequantizeLinear(codes)), gains))
         -> Mul(MatMul(DequantizeLinear(QuantizeLinear(x)), Transpose(DequantizeLinear(codes))), gains)
 
-TensorRT takes the nodes around a product as one FP8 kernel, which reads the codes as they lie, [outputs, inputs]. The
+TensorRT takes the nodes around a product as one FP8 kernel, which reads the codes as they lie, [outputs, inputs]; int4 codes
+become FP8 in memory before. The
 scale of x is one number, planned like any weight: the largest magnitude that a calibration text shows there, as the
 format's largest number. Experts of a layer share it, so that what one sees of a text serves all.
 """
@@ -13,15 +14,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
 from corral.exporter.planned_tensor import planned_initializer
 from corral.graphs.calibrate.statistics import input_site
 from corral.graphs.model_and_plan import ModelAndPlan
-from corral.graphs.quantize.fp8_weight import Fp8Weight, find_fp8
+from corral.graphs.quantize.float_weight import FloatWeight, find_float, fp8_zero
 from corral.spec.weight_plan import Entry, step
 
 if TYPE_CHECKING:
@@ -32,8 +31,8 @@ def lower_fp8_matmul(work: ModelAndPlan) -> bool:
     """Rewrite every product with an FP8 matrix outside the experts."""
     changed = False
     for node in work.nodes("MatMul"):
-        weight = find_fp8(work, node.inputs[1])
-        if weight is None:
+        weight = find_float(work, node.inputs[1])
+        if weight is None or not weight.rounds_inputs:
             continue
         build = tape.Tape()
         y = fp8_product(build, work, node.inputs[0], weight)
@@ -43,12 +42,11 @@ def lower_fp8_matmul(work: ModelAndPlan) -> bool:
 
 
 def fp8_product(
-    build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, weight: Fp8Weight, *, axes: Sequence[int] = (1, 0)
+    build: tape.Tape, work: ModelAndPlan, x: ir.Value | None, weight: FloatWeight, *, axes: Sequence[int] = (1, 0)
 ) -> ir.Value:
     """x [..., K] times codes [..., N, K], whose transposition is `axes`, times gains."""
     scale = _input_scale(work, weight.codes)
-    zero = work.constant(ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), name="fp8_zero"))
-    rounded = build.op("DequantizeLinear", [build.op("QuantizeLinear", [x, scale, zero]), scale])
+    rounded = build.op("DequantizeLinear", [build.op("QuantizeLinear", [x, scale, fp8_zero(work)]), scale])
     product = build.op("MatMul", [rounded, build.op("Transpose", [weight.dequantized], {"perm": axes})])
     return build.op("Mul", [product, weight.gain])
 

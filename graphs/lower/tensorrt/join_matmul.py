@@ -24,7 +24,7 @@ from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.model_and_plan import ModelAndPlan
-from corral.graphs.quantize.fp8_weight import find_fp8, write_fp8
+from corral.graphs.quantize.float_weight import find_float, write_float
 from corral.graphs.quantize.kinds import kind_of
 from corral.graphs.quantize.quantized_weight import find_quantized
 from corral.spec.weight_plan import Entry, Step
@@ -57,12 +57,12 @@ def join_matmul(work: ModelAndPlan) -> bool:
 
 
 def _weights(work: ModelAndPlan, node: ir.Node) -> tuple[Entry, ...]:
-    """The matrix that a product multiplies by: codes and scales or gains, or values; () where it is no weight."""
-    quantized, fp8 = find_quantized(work, node.inputs[1]), find_fp8(work, node.inputs[1])
+    """The matrix that a product multiplies by: codes and what scales them, or values; () where it is no weight."""
+    quantized, number = find_quantized(work, node.inputs[1]), find_float(work, node.inputs[1])
     if quantized is not None:
         return quantized.codes, quantized.scales
-    if fp8 is not None:
-        return fp8.codes, fp8.gains
+    if number is not None:
+        return number.entries
     entry = work.entry_of(node.inputs[1])
     narrow = entry is not None and kind_of(entry.weight).quantized  # a router stays in float32
     return (entry,) if entry is not None and narrow and entry.steps[-1].name == FLOAT else ()
@@ -80,11 +80,11 @@ def _join(work: ModelAndPlan, nodes: Sequence[ir.Node]) -> None:
 
 def _by_output(build: tape.Tape, work: ModelAndPlan, nodes: Sequence[ir.Node]) -> ir.Value:
     """The matrices of all nodes beside each other, [inputs, outputs], stored as one, [outputs, inputs]."""
-    quantized, fp8 = find_quantized(work, nodes[0].inputs[1]), find_fp8(work, nodes[0].inputs[1])
+    quantized, number = find_quantized(work, nodes[0].inputs[1]), find_float(work, nodes[0].inputs[1])
     stored = zip(*(_weights(work, node) for node in nodes), strict=True)
     weights = [work.merge_weights(entries, _joined(entries)) for entries in stored]
-    if fp8 is not None:
-        return write_fp8(build, work, *weights)
+    if number is not None:
+        return write_float(build, work, *weights)
     if quantized is not None:
         weights = [build.op("DequantizeLinear", weights, {"axis": 1, "block_size": quantized.group_size})]
     return build.op("Transpose", weights, {"perm": [1, 0]})

@@ -31,7 +31,7 @@ from corral.graphs.lower.tensorrt.expert_tiles import Tile, cut_experts
 from corral.graphs.lower.tensorrt.fp8 import fp8_product
 from corral.graphs.lower.tensorrt.plugin_moe import plugins_cover
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.fp8_weight import find_fp8
+from corral.graphs.quantize.float_weight import find_float
 from corral.spec.expert_tiles import MAX_BLOCK
 
 LAYER = re.compile(r"layers\.\d+")
@@ -161,8 +161,8 @@ class _Blocks:
 
     def product(self, x: ir.Value, weight: ir.Value | None, expert_NB: ir.Value) -> ir.Value:
         """x [NB, B, K] @ weight [E, K, N] of each block's expert -> [NB, B, N]."""
-        fp8 = find_fp8(self.work, weight)
-        if fp8 is None:
+        fp8 = find_float(self.work, weight)
+        if fp8 is None or not fp8.rounds_inputs:
             return self.op("MatMul", [x, self.op("Gather", [weight, expert_NB], {"axis": 0})])
         codes, gain = (self.op("Gather", [part, expert_NB], {"axis": 0}) for part in (fp8.dequantized, fp8.gain))
         gathered = dataclasses.replace(fp8, dequantized=codes, gain=gain)

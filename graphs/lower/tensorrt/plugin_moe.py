@@ -27,7 +27,7 @@ from corral.exporter.ops.moe import NAME
 from corral.graphs.engine.kernels.launch import MoeShape, buffers, refusal
 from corral.graphs.engine.plugins.moe import NAMESPACE, PLUGINS
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
-from corral.graphs.quantize.fp8_weight import find_fp8
+from corral.graphs.quantize.float_weight import find_float
 from corral.graphs.quantize.fragments import TILE_OUTPUTS
 from corral.graphs.quantize.quantized_weight import find_quantized
 from corral.spec.target import target_named
@@ -101,11 +101,11 @@ def _routed(build: tape.Tape, work: ModelAndPlan, node: ir.Node) -> ir.Value:
 
 
 def _stored(work: ModelAndPlan, weight: ir.Value | None) -> _Stored:
-    quantized, fp8 = find_quantized(work, weight), find_fp8(work, weight)
+    quantized, number = find_quantized(work, weight), find_float(work, weight)
     if quantized is not None:
         return _Stored(f"int{quantized.bits}", quantized.group_size, quantized.codes, quantized.scales)
-    if fp8 is not None:
-        return _Stored("fp8", 0, fp8.codes, fp8.gains)
+    if number is not None:
+        return _Stored(work.recipe.of(number.codes.weight).weights, 0, number.codes, number.gains)
     entry = work.entry_of(weight)
     if entry is None:
         raise PatternAbsent(f"the experts' {weight.name if weight else 'weight'} is no planned weight")

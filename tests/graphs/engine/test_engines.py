@@ -55,7 +55,7 @@ def sidecar(bundle: Path) -> dict[str, Any]:
 
 
 ENGINES = [(weights, gpu) for weights in ("fp16", "int4") for gpu in ("8.6", "rtx4090", "12.0", "8.6,8.9,12.0")]
-ENGINES += [("fp8", "rtx4090"), ("fp8", "12.0")]
+ENGINES += [("fp8", "rtx4090"), ("fp8", "12.0"), ("w4a8", "rtx4090"), ("w4a8", "12.0"), ("nvfp4", "12.0")]
 
 
 @pytest.mark.parametrize(("weights", "gpu"), ENGINES)
@@ -72,9 +72,13 @@ def test_the_demo_builds_and_its_engine_is_as_large_as_its_weights_bits(
     assert abs(about["weight_bytes"] / about["expected_weight_bytes"] - 1) < 0.02
     assert [profile["name"] for profile in about["profiles"]] == ["decode", "prefill"]
     for profile in about["profiles"]:
-        for kind, share in (("int4", 0.9), ("fp8_e4m3", 0.95)):
+        for schemes, kind, share in (
+            ("int4 w4a8", "int4", 0.9),
+            ("fp8", "fp8_e4m3", 0.95),
+            ("nvfp4", "fp4_e2m1", 0.85),
+        ):
             stored = profile["weights"].get(kind, 0)
-            assert (stored > share * about["expected_weight_bytes"]) == kind.startswith(weights)
+            assert (stored > share * about["expected_weight_bytes"]) == (weights in schemes.split())
         fused = {layer for kernel in profile["kernels"] if "mha" in kernel["name"] for layer in kernel["layers"]}
         assert fused == {f"layers.{i}.self_attn.core.Attention" for i in range(4)}
 
@@ -129,6 +133,35 @@ def test_fp8_is_multiplied_as_fp8_and_experts_are_gathered_as_such(built: Callab
         assert written.count(([512, 256], "fp8_e4m3")) == written.count(([256, 256], "fp8_e4m3")) == 4
 
 
+def test_w4a8_is_stored_as_int4_and_multiplied_as_fp8(built: Callable[[str, str], Path]) -> None:
+    """Of experts those that are gathered become FP8, of dense matrices all of each, and are listed."""
+    numbers = 4 * 16 * 3 * 256 * 256 + 4 * (3 + 3) * 256 * 256 + 256 * 2048
+    for profile in sidecar(built("w4a8", "rtx4090"))["profiles"]:
+        assert profile["weights"]["int4"] == numbers // 2
+        assert len(products(profile)) == 4 * (2 + 2 + 2) + 1  # attention, shared expert, experts; the head
+        for name, kernel in products(profile).items():
+            assert read(kernel)[:2] == ["fp8_e4m3"] * 2, name
+        written = [tensor for kernel in profile["unfused_weights"] for tensor in kernel["writes"]]
+        assert {tensor["type"] for tensor in written} == {"fp8_e4m3"}
+        experts = [tensor for tensor in written if isinstance(tensor["shape"][0], str)]
+        assert sum(tensor["known_bytes"] for tensor in experts) == 4 * 3 * 256 * 256
+
+
+def test_nvfp4_stays_in_the_engine_and_what_is_written_as_float16_is_listed(built: Callable[[str, str], Path]) -> None:
+    """Of experts what is gathered; of dense matrices, which no matrix kernel dequantizes on its way, all of each."""
+    numbers = 4 * 16 * 3 * 256 * 256 + 4 * (3 + 3) * 256 * 256 + 256 * 2048
+    for profile in sidecar(built("nvfp4", "12.0"))["profiles"]:
+        assert profile["weights"]["fp4_e2m1"] == numbers // 2
+        assert profile["weights"]["fp8_e4m3"] == numbers // 16
+        written = Counter(
+            tuple(size for size in tensor["shape"] if isinstance(size, int))
+            for kernel in profile["unfused_weights"]
+            for tensor in kernel["writes"]
+        )
+        # A layer has q, k and v, gate and up, o, down, and an expert's two; then there is the head.
+        assert written == {(256, 512): 4 * 3, (256, 256): 4 * 3, (256, 2048): 1}
+
+
 def test_experts_in_int4_beside_fp8_are_each_what_they_are(built: Callable[[str, str], Path]) -> None:
     about = sidecar(built("fp8 int4", "rtx4090"))
     # Each weight once for both profiles; the rest are constants of the schedule, and what lies around any engine.
@@ -149,8 +182,9 @@ def test_fp8_on_gpus_without_it_is_refused_before_anything_is_read(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_two_builds_in_fp8_are_equal(built: Callable[[str, str], Path], tmp_path: Path) -> None:
-    shutil.copytree(built("fp8", "12.0"), tmp_path / "copy")
+@pytest.mark.parametrize("weights", ["fp8", "nvfp4"])
+def test_two_builds_in_small_floats_are_equal(built: Callable[[str, str], Path], tmp_path: Path, weights: str) -> None:
+    shutil.copytree(built(weights, "12.0"), tmp_path / "copy")
     before = open_bundle(tmp_path / "copy").manifest.files
     assert sorted(build_engines(tmp_path / "copy").manifest.files, key=str) == sorted(before, key=str)
 

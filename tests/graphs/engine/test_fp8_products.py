@@ -68,6 +68,28 @@ def test_products_are_found_behind_whatever_stands_between(tmp_path: Path) -> No
     assert fp8_products(save(weights_in_half, tmp_path / "g.onnx").graph) == ()
 
 
+def test_scales_in_fp8_are_no_fp8_matrix() -> None:
+    """NVFP4's are dequantized to scale codes, which is all that a product sees of them."""
+    float4, float8 = TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN
+    initializers = [
+        helper.make_tensor("codes", float4, (32, 32), bytes(512), raw=True),
+        helper.make_tensor("blocks", float8, (32, 2), bytes(64), raw=True),
+    ]
+    nodes = [("DequantizeLinear", ["blocks", "base"], "scales"), ("DequantizeLinear", ["codes", "scales"], "w")]
+    made = [helper.make_node(op, inputs, [out]) for op, inputs, out in nodes]
+    graph = helper.make_graph([*made, helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [], [], initializers)
+    assert fp8_products(graph) == ()
+
+
+def test_int4_that_is_rounded_to_fp8_is_an_fp8_matrix() -> None:
+    nodes = [("DequantizeLinear", ["codes", "groups"], "w4"), ("QuantizeLinear", ["w4", "base", "zero"], "w8")]
+    nodes += [("DequantizeLinear", ["w8", "base"], "w")]
+    made = [helper.make_node(op, inputs, [out]) for op, inputs, out in nodes]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    codes = helper.make_tensor("codes", TensorProto.INT4, (32, 32), bytes(512), raw=True)
+    assert fp8_products(helper.make_graph([*made, product], "g", [], [], [codes])) == ("product",)
+
+
 def test_fp8_in_both_operands_passes(tmp_path: Path) -> None:
     save(SOUND, tmp_path / "g.onnx")
     engine = build_engine(tmp_path / "g.onnx", "g.engine", SETTINGS)

@@ -188,35 +188,53 @@ def in_groups(matrix: Tensor) -> Tensor:
     return ((groups / scale).round() * scale.half().float()).flatten(-2)
 
 
-def following_model(directory: Path, following: Following, experts: str) -> Llama4Text:
+def in_groups_of_fp8(matrix: Tensor) -> Tensor:
+    """[outputs, inputs] -> what W4A8 makes of it: int4 in groups of 32, each value rounded to FP8 with its output's scale."""
+    groups = matrix.unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    output = scale.amax(-2, keepdim=True) * 8 / 448
+    ratio = (scale / output * BASE).half().float()
+    codes = (((groups / scale).round() * ratio).half().float() / BASE).to(torch.float8_e4m3fn).float()
+    return (codes * (output / BASE).half().float() * BASE).flatten(-2)
+
+
+ROUNDED = {"fp8": per_output, "int4": in_groups, "w4a8": in_groups_of_fp8}
+
+
+def following_model(directory: Path, following: Following, weights: str, experts: str) -> Llama4Text:
     """The model with weights rounded as the recipe says, FP8 products' inputs taken over, in float32 otherwise."""
     model = load_reference(open_checkpoint(directory))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith("router"):
-            module.weight.copy_(per_output(module.weight))
+            module.weight.copy_(ROUNDED[weights](module.weight))
             module.register_forward_pre_hook(partial(following.linear, name))
         elif isinstance(module, Experts):
             for weight in (module.gate_up_proj, module.down_proj):
-                stored = {"fp8": per_output, "int4": in_groups}[experts]
-                weight.copy_(stored(weight.transpose(1, 2)).transpose(1, 2))
-            if experts == "fp8":
+                weight.copy_(ROUNDED[experts](weight.transpose(1, 2)).transpose(1, 2))
+            if experts != "int4":
                 module.forward = partial(following.experts, module, name)  # type: ignore[method-assign]
     return model
 
 
-FP8_FORMS = [(form, "fp8") for form in ("scout", "maverick", "topk2", "guard", "demo")]
+FP8_FORMS = [(form, "fp8", "fp8") for form in ("scout", "maverick", "topk2", "guard", "demo")]
+MIXED_FORMS = [
+    ("maverick", "fp8", "int4"),
+    ("topk2", "fp8", "int4"),
+    ("scout", "fp8", "w4a8"),
+    ("topk2", "w4a8", "w4a8"),
+]
 
 
-@pytest.mark.parametrize(("form", "experts"), [*FP8_FORMS, ("maverick", "int4"), ("topk2", "int4")])
+@pytest.mark.parametrize(("form", "weights", "experts"), [*FP8_FORMS, *MIXED_FORMS])
 def test_the_graph_computes_what_pytorch_computes_with_the_same_fp8_numbers(
-    tiny_checkpoint: Checkpoint, lowered: Lowered, tmp_path: Path, form: str, experts: str
+    tiny_checkpoint: Checkpoint, lowered: Lowered, tmp_path: Path, form: str, weights: str, experts: str
 ) -> None:
     directory = DEMO if form == "demo" else tiny_checkpoint(form)
     if form == "demo":
         (tmp_path / "out").symlink_to(lowered("fp8"))
     else:
-        rules = (Rule(matrices="*.experts.*", weights=experts),) if experts != "fp8" else ()
-        compile(directory, tmp_path / "out", dataclasses.replace(FP8, rules=rules, group_size=32))
+        rules = (Rule(matrices="*.experts.*", weights=experts),) if experts != weights else ()
+        compile(directory, tmp_path / "out", dataclasses.replace(FP8, weights=weights, rules=rules, group_size=32))
     bundle = open_bundle((tmp_path / "out").resolve())
     bundle = Bundle(bundle.directory, dataclasses.replace(bundle.manifest, stage="ready"))
     recording = Recording(bundle)
@@ -224,7 +242,7 @@ def test_the_graph_computes_what_pytorch_computes_with_the_same_fp8_numbers(
     got = LLM(bundle, session=recording, max_context=128).score(ids)
     following = Following(recording)
     with torch.no_grad():
-        want = following_model(directory, following, experts).logits(torch.tensor([ids]))[0].numpy()
+        want = following_model(directory, following, weights, experts).logits(torch.tensor([ids]))[0].numpy()
     assert np.abs(got - want).max() < LOGITS_TOLERANCE * np.abs(want).max()
     assert 0 < following.flips < FLIPS * following.count
 

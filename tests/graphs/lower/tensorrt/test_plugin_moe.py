@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from safetensors.torch import load_file, save_file
 
@@ -32,12 +31,9 @@ from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
 from corral.runtime import LLM
-from corral.runtime.kv_cache import KvCache
-from corral.runtime.session import Step
-from corral.spec import graph_io
+from corral.runtime.session import Session
 from corral.spec.bundle import Bundle
 from corral.spec.errors import CheckFailed
-from corral.spec.kv_layout import KvLayout
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
 
@@ -65,36 +61,6 @@ def as_operator(plugin: Plugin, run_on_cpu: RunOnCpu) -> type[OpRun]:
         return tuple(made[name] for name in outputs)
 
     return type(plugin.name, (OpRun,), {"op_domain": NAMESPACE, "_run": run})
-
-
-class Evaluator:
-    """A session over a lowered graph in ONNX's reference evaluator."""
-
-    def __init__(self, bundle: Bundle, run_on_cpu: RunOnCpu) -> None:
-        (record,) = bundle.manifest.graphs
-        operators = [as_operator(plugin, run_on_cpu) for plugin in PLUGINS]
-        self._evaluator = ReferenceEvaluator(str(bundle.path(record.path)), new_ops=operators)
-
-    def new_caches(self, layouts: Sequence[KvLayout], max_context: int) -> KvCache:
-        return KvCache(layouts, max_context)
-
-    def run(self, step: Step) -> np.ndarray:
-        caches = {graph_io.past_key(i): (graph_io.present_key(i), a) for i, a in enumerate(step.caches.keys)}
-        caches |= {graph_io.past_value(i): (graph_io.present_value(i), a) for i, a in enumerate(step.caches.values)}
-        feeds: dict[str, Any] = {
-            graph_io.EMBEDDINGS: step.embeddings_BSH,
-            graph_io.POSITIONS: step.positions_BS,
-            graph_io.LOGIT_ROWS: step.logit_rows_BR,
-            **{graph_io.past_length(kv_class): rows for kv_class, rows in step.past_length_B.items()},
-            **{past: array for past, (_, array) in caches.items()},
-        }
-        names = self._evaluator.output_names
-        out = dict(zip(names, self._evaluator.run(None, feeds), strict=True))
-        for present, array in caches.values():
-            array[...] = out[present]
-        return out[graph_io.LOGITS]
-
-    def release(self) -> None: ...
 
 
 def compiled(checkpoint: Path, out: Path, weights: str, **more: Any) -> Bundle:
@@ -135,38 +101,18 @@ def reference(directory: Path, experts: str) -> Llama4Text:
     return model
 
 
-def clearly_routed(model: Llama4Text, count: int) -> list[int]:
-    """Random tokens for which float16's error before a router decides on no expert; most experts are visited."""
-    k, gaps, visited = model.config.num_experts_per_tok, list[float](), set[int]()
-
-    def note(router: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> None:
-        ordered = logits.sort(-1, descending=True)
-        gaps.append((ordered.values[..., k - 1] - ordered.values[..., k]).min().item())
-        visited.update(ordered.indices[..., :k].flatten().tolist())
-
-    routers = [module for name, module in model.named_modules() if name.endswith("router")]
-    hooks = [router.register_forward_hook(note) for router in routers]
-    try:
-        for seed in range(1000):
-            ids = np.random.default_rng([count, seed]).integers(0, 256, count).tolist()
-            gaps.clear()
-            visited.clear()
-            with torch.no_grad():
-                model.logits(torch.tensor([ids]))
-            if min(gaps) > 3e-3 and len(visited) > model.config.num_local_experts // 2:
-                return ids
-    finally:
-        for hook in hooks:
-            hook.remove()
-    raise AssertionError("no clearly routed tokens")
-
-
 @pytest.mark.parametrize(
     ("form", "experts"),
     [("scout", "int4"), ("scout", "fp8"), ("topk2", "int4"), ("topk2", "fp16"), ("maverick", "fp16")],
 )
 def test_the_graph_with_plugins_computes_what_pytorch_computes(
-    form: str, experts: str, tiny_checkpoint: Checkpoint, tmp_path: Path, run_on_cpu: RunOnCpu
+    form: str,
+    experts: str,
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    run_on_cpu: RunOnCpu,
+    evaluator: Callable[..., Session],
+    clearly_routed: Callable[[Llama4Text, int], list[int]],
 ) -> None:
     """A prefill over a chunk boundary, and one token alone."""
     rules = (Rule(matrices="*.experts.*", weights=experts),) if experts != "fp16" else ()
@@ -176,11 +122,12 @@ def test_the_graph_with_plugins_computes_what_pytorch_computes(
     assert called == ["moe_route", f"moe_gate_up_{experts}", f"moe_down_{experts}"] * layers
     model = reference(tiny_checkpoint(form), experts)
     ids = clearly_routed(model, 24)
+    operators = [as_operator(plugin, run_on_cpu) for plugin in PLUGINS]
     with torch.no_grad():
         want = model.logits(torch.tensor([ids]))[0].numpy()
-    got = LLM(bundle, session=Evaluator(bundle, run_on_cpu), max_context=64).score(ids)
+    got = LLM(bundle, session=evaluator(bundle, operators), max_context=64).score(ids)
     assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
-    llm = LLM(bundle, session=Evaluator(bundle, run_on_cpu), max_context=64)
+    llm = LLM(bundle, session=evaluator(bundle, operators), max_context=64)
     assert np.abs(llm.score(ids[:1]) - want[:1]).max() < TOLERANCE * np.abs(want).max()
 
 
