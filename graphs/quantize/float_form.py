@@ -33,7 +33,7 @@ def form_of(entry: Entry, recipe: Recipe, statistics: str) -> Form:
         method = METHODS[recipe.method]
         assert scheme.bits is not None
         return Form(
-            quantizer=step(method.step, **method.arguments(scheme.bits, recipe.group_size, statistics)),
+            quantizer=step(method.step, output="", **method.arguments(scheme.bits, recipe.group_size, statistics)),
             codes=step("pack_signed_rows", bits=scheme.bits),
             by_output=method.by_group,
             group=recipe.group_size,

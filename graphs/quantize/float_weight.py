@@ -50,8 +50,7 @@ def write_float(build: tape.Tape, work: ModelAndPlan, codes: ir.Value, *scales: 
     assert codes.shape is not None
     *front, outputs, inputs = range(len(codes.shape))
     if groups:
-        assert groups[0].shape is not None
-        by_group = {"axis": inputs, "block_size": codes.shape[-1] // groups[0].shape[-1]}
+        by_group = {"axis": inputs, "block_size": _inputs(codes) // _inputs(groups[0])}
         if codes.dtype == ir.DataType.INT4:
             values = build.op("DequantizeLinear", [codes, *groups], by_group)
             rounded = build.op("QuantizeLinear", [values, base, fp8_zero(work)])
@@ -84,6 +83,13 @@ def find_float(work: ModelAndPlan, value: ir.Value | None) -> FloatWeight | None
 def fp8_zero(work: ModelAndPlan) -> ir.Value:
     """The zero point that tells QuantizeLinear the type of its result."""
     return work.constant(ir.tensor(np.zeros((), ml_dtypes.float8_e4m3fn), name="fp8_zero"))
+
+
+def _inputs(value: ir.Value) -> int:
+    """The size of a weight's last axis."""
+    size = value.shape[-1] if value.shape is not None else None
+    assert isinstance(size, int)
+    return size
 
 
 def _made_by(operator: str, value: ir.Value | None) -> ir.Node | None:

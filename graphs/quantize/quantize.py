@@ -139,16 +139,16 @@ def _quantize_float(work: ModelAndPlan, entry: Entry, recipe: Recipe, scheme: Qu
     build = tape.Tape()
     if target_named(recipe.target).engine is None:
         values = stored("values", "values", "float32", (outputs, inputs), FLOAT32)
-        *front, row, column = range(len(entry.shape))
-        build.op("Transpose", work.replace_weight(entry, values), {"perm": [*front, column, row]})
+        *front, first, last = range(len(entry.shape))
+        build.op("Transpose", work.replace_weight(entry, values), {"perm": [*front, last, first]})
     else:
         entries = [stored("codes", "codes", scheme.dtype, (outputs, inputs), form.codes)]
         if form.group:
             layout = step("rows", dtype=form.group_dtype)
             shape = (outputs, inputs // form.group)
             entries.append(stored("groups", form.groups_from, form.group_dtype, shape, *form.groups, layout))
-        shape = (1, outputs) if experts else (outputs,)
-        entries.append(stored("gains", "scales", "float32", shape, *form.outputs, step("gains"), FLOAT32))
+        row = (1, outputs) if experts else (outputs,)
+        entries.append(stored("gains", "scales", "float32", row, *form.outputs, step("gains"), FLOAT32))
         write_float(build, work, *work.replace_weight(entry, *entries))
     for node in build.nodes:
         node.metadata_props[SCOPE] = entry.name
