@@ -7,7 +7,8 @@ Each engine has a process of its own and answers one test at a time; a round beg
 are medians of `--repeats` with their range; `ratio` is corral's median over llama.cpp's best. `prefill N` is N tokens to
 the first chosen one, `decode at D` one sequence with D tokens behind it, `B sequences` their tokens together. The share of
 the roofline is bytes of weights a token touches times tokens a second, over the bandwidth that this machine had just
-before and after the sample. Accuracy is not measured here: benchmarks/llama_cpp_accuracy.py does, on a trained model.
+before and after the sample. What lies 8k and 32k behind ends a little before the end of a chunk of 8192 tokens: there a rope
+layer sees the most. Accuracy is not measured here: benchmarks/llama_cpp_accuracy.py does, on a trained model.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from llama_cpp_peer import VERSION, build
 
 from corral.spec.bundle import open_bundle
 from corral.spec.machine import usable_cores
+from corral.spec.model_config import ModelConfig
 
 DECODED = 33  # the first token of a test belongs to its prefill
 QUANTS = ("Q4_0", "Q4_K_M")  # llama.cpp's fastest of these bits, and the one its users take
-PREFILL, DEPTHS, SEQUENCES = (128, 512, 2048), (16,), (4, 8, 16)
+PREFILL, DEPTHS, SEQUENCES = (128, 512, 2048), (16, 7936, 32512), (4, 8, 16)
+DEEP = 2048  # tokens: prompts from here on are read once, and each round writes on where the one before ended
+PEER_CHUNK = 8192  # tokens: the only attention chunk that llama.cpp has
 LEAST_VISITED = 0.75  # of a layer's experts, by 512 random tokens: otherwise figures say nothing about real routing
 BANDWIDTH_MIB = 1024
 
@@ -76,9 +80,13 @@ def main() -> None:
         contestants.append(Contestant(f"llama.cpp {quant}", "llama.cpp", path, gguf_bytes_per_token(path, peer)))
     workers = {one.name: Worker(one.engine, one.model, options.threads, peer.directory) for one in contestants}
     memory = {name: worker.memory() for name, worker in workers.items()}
-    tests = tests_of(open_bundle(stock).manifest.model.max_position_embeddings, options.depth or DEPTHS)
+    tests = tests_of(open_bundle(stock).manifest.model, options.depth or DEPTHS, 1 + options.repeats)
     bandwidth = partial(measure_bandwidth, options.work, options.threads)
-    samples = {name: measure(test, contestants, workers, options.repeats, bandwidth) for name, test in tests.items()}
+    samples, after = {}, {}
+    for name, test in tests.items():
+        samples[name] = measure(test, contestants, workers, options.repeats, bandwidth)
+        if test.rounds == 1:  # the others come last: their caches are not a model's usual memory
+            after = {one: worker.memory()["now"] for one, worker in workers.items()}
     report = {
         "shape": options.shape,
         "ratio": ratios(samples, contestants),
@@ -90,7 +98,7 @@ def main() -> None:
                 else one.model.stat().st_size,
                 "bytes_a_token": one.token_bytes,
                 "cold_to_second_token_s": workers[one.name].cold_to_second_token,
-                "anonymous_bytes": memory[one.name] | {"after": workers[one.name].memory()["now"]},
+                "anonymous_bytes": memory[one.name] | {"after": after[one.name]},
             }
             for one in contestants
         },
@@ -102,11 +110,15 @@ def main() -> None:
     print(json.dumps(report, indent=1) if options.json else in_words(report))
 
 
-def tests_of(context: int, depths: Sequence[int]) -> dict[str, Test]:
+def tests_of(model: ModelConfig, depths: Sequence[int], rounds: int) -> dict[str, Test]:
+    """Those that the model has the context for; far behind, only where llama.cpp computes the same attention."""
     tests = {f"prefill {n}": Test(1, n, 1) for n in PREFILL}
-    tests |= {f"decode at {depth}": Test(1, depth, DECODED) for depth in depths}
+    tests |= {f"decode at {depth}": Test(1, depth, DECODED) for depth in depths if depth < DEEP}
     tests |= {f"{n} sequences": Test(n, 16, DECODED) for n in SEQUENCES}
-    return {name: test for name, test in tests.items() if test.prompt + test.tokens <= context}
+    if model.attention_chunk_size == PEER_CHUNK:
+        tests |= {f"decode at {depth}": Test(1, depth, DECODED, rounds) for depth in depths if depth >= DEEP}
+    most = model.max_position_embeddings
+    return {name: test for name, test in tests.items() if test.prompt + test.tokens * test.rounds <= most}
 
 
 def measure(

@@ -13,22 +13,30 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from corral.runtime.completion import Piece
 
 BATCH = 512  # tokens of a llama.cpp step, its own default
 
 
 @dataclass(frozen=True)
 class Test:
-    """`sequences` prompts of `prompt` random tokens each, then `tokens` chosen ones for each."""
+    """`sequences` prompts of `prompt` random tokens each, then `tokens` chosen ones for each.
+
+    With `rounds`, a single prompt is read once, and each of so many runs writes on where the one before ended.
+    """
 
     sequences: int
     prompt: int
     tokens: int
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,12 @@ class Engine(Protocol):
 
     def run(self, prompts: list[list[int]], tokens: int) -> Result: ...
 
+    def begin(self, prompt: list[int], most: int) -> None:
+        """Read a prompt that at most `most` tokens will follow, and write the first of them."""
+
+    def go_on(self, tokens: int) -> Result:
+        """Write so many more, without prefill. Ends what was begun when another test runs."""
+
 
 class Corral:
     """A bundle, through `LLM.generate`."""
@@ -55,14 +69,29 @@ class Corral:
 
         self._llm = LLM(model, threads=threads, verify=False)
         self.vocab_size = self._llm.config.vocab_size
+        self._stream: Iterator[Piece] = iter(())
 
     def run(self, prompts: list[list[int]], tokens: int) -> Result:
         from corral.runtime import SamplingParams
 
+        self._stream = iter(())
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         timings = [done.timings for done in self._llm.generate(prompts, params)]
         first = max(timing.first_token for timing in timings)
         return Result(first, max(timing.total for timing in timings) - first)
+
+    def begin(self, prompt: list[int], most: int) -> None:
+        from corral.runtime import SamplingParams
+
+        self._stream = self._llm.stream(prompt, SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True))
+        next(self._stream)
+
+    def go_on(self, tokens: int) -> Result:
+        started, written = time.perf_counter(), 0
+        while written < tokens:
+            written += len(next(self._stream).token_ids)
+        seconds = time.perf_counter() - started
+        return Result(0.0, seconds * tokens / written)  # a piece of text may be more than one token
 
 
 class LlamaCpp:
@@ -75,25 +104,45 @@ class LlamaCpp:
             Peer(Path(peer)), Path(model), threads=threads, context=context, sequences=sequences
         )
         self._gguf, self._room = self._open(1024, 1), (1024, 1)
+        self._chosen: list[int] = []  # the last token of each sequence, which was not read yet
+        self._past = 0  # tokens that each has read
         self.vocab_size = self._gguf.vocab_size
 
     def run(self, prompts: list[list[int]], tokens: int) -> Result:
-        length = len(prompts[0])
-        room = (max(1024, (length + tokens + 255) // 256 * 256), len(prompts))
-        if room != self._room:  # a context is made once a test, and its time is not counted
+        self._make_room(len(prompts[0]) + tokens, len(prompts))
+        started = time.perf_counter()
+        self._read(prompts)
+        first = time.perf_counter()
+        self._write(tokens - 1)
+        return Result(first - started, time.perf_counter() - first)
+
+    def begin(self, prompt: list[int], most: int) -> None:
+        self._make_room(len(prompt) + most, 1)
+        self._read([prompt])
+
+    def go_on(self, tokens: int) -> Result:
+        started = time.perf_counter()
+        self._write(tokens)
+        return Result(0.0, time.perf_counter() - started)
+
+    def _make_room(self, tokens: int, sequences: int) -> None:
+        """A context is made once a test, and its time is not counted."""
+        room = (max(1024, (tokens + 255) // 256 * 256), sequences)
+        if room != self._room:
             self._gguf.close()
             self._gguf, self._room = self._open(*room), room
         self._gguf.clear()
-        started = time.perf_counter()
-        each = max(1, BATCH // len(prompts))
+
+    def _read(self, prompts: list[list[int]]) -> None:
+        length, each = len(prompts[0]), max(1, BATCH // len(prompts))
         for start in range(0, length, each):
             self._gguf.step([prompt[start : start + each] for prompt in prompts], start)
-        chosen = self._gguf.greedy(len(prompts))
-        first = time.perf_counter()
-        for past in range(length, length + tokens - 1):
-            self._gguf.step([[token] for token in chosen], past)
-            chosen = self._gguf.greedy(len(prompts))
-        return Result(first - started, time.perf_counter() - first)
+        self._chosen, self._past = self._gguf.greedy(len(prompts)), length
+
+    def _write(self, tokens: int) -> None:
+        for _ in range(tokens):
+            self._gguf.step([[token] for token in self._chosen], self._past)
+            self._chosen, self._past = self._gguf.greedy(len(self._chosen)), self._past + 1
 
 
 ENGINES: dict[str, Any] = {"corral": Corral, "llama.cpp": LlamaCpp}
@@ -147,6 +196,17 @@ class Worker:
         return answer
 
 
+def answered(test: Test, last: Test | None, engine: Engine, rng: np.random.Generator) -> Result:
+    """One run of a test; `last` was the one before it."""
+    if test.rounds > 1 and test == last:
+        return engine.go_on(test.tokens - 1)
+    prompts = rng.integers(0, engine.vocab_size, (test.sequences, test.prompt)).tolist()
+    if test.rounds == 1:
+        return engine.run(prompts, test.tokens)
+    engine.begin(prompts[0], 1 + test.rounds * (test.tokens - 1))
+    return engine.go_on(test.tokens - 1)
+
+
 def main() -> None:
     engine, model, threads, *peer = sys.argv[1:]
     out = sys.stdout
@@ -156,15 +216,14 @@ def main() -> None:
     imported = anonymous_bytes()
     opened: Engine = ENGINES[engine](model, int(threads), *peer)
     print(json.dumps({"imported": imported, "opened": anonymous_bytes()}), file=out, flush=True)
-    rng = np.random.default_rng(0)
+    rng, last = np.random.default_rng(0), None
     for line in sys.stdin:
         asked = json.loads(line)
         if asked is None:
             answer = {"now": anonymous_bytes()}
         else:
             test = Test(**asked)
-            prompts = rng.integers(0, opened.vocab_size, (test.sequences, test.prompt)).tolist()
-            answer = asdict(opened.run(prompts, test.tokens))
+            answer, last = asdict(answered(test, last, opened, rng)), test
         print(json.dumps(answer), file=out, flush=True)
 
 

@@ -21,6 +21,8 @@ BEGIN, END = "<!-- speed table -->\n", "<!-- end of speed table -->\n"
 SHAPES = {"wide": "Scout's width, 4 layers, 9.1 B", "half": "0.5 B", "demo": "demo, 15 M"}
 TESTS = {
     "decode at 16": "decode",
+    "decode at 7936": "decode, 8k behind",
+    "decode at 32512": "decode, 32k behind",
     "prefill 128": "prefill 128",
     "prefill 512": "prefill 512",
     "prefill 2048": "prefill 2048",
@@ -62,6 +64,8 @@ def table(results: Mapping[str, Result]) -> str:
     rows: list[Sequence[str]] = [["corral / llama.cpp", *(SHAPES[shape] for shape in results)]]
     rows.append(["---"] * len(rows[0]))
     for test, name in TESTS.items():
+        if not any(test in result["tests"] for result in results.values()):
+            continue
         rows.append([f"{name}, tokens/s", *(_rate(result, test) for result in results.values())])
     rows.append(["decode, of what memory allows", *(_rooflines(result) for result in results.values())])
     rows.append(["anonymous memory, MB", *(_pair(result, _anonymous) for result in results.values())])

@@ -81,5 +81,8 @@ def command(
         for piece in llm.stream(asked, params):
             click.echo(piece.text, nl=False)
         click.echo()
-    if prefix_cache and new:
-        llm.save_prefix(asked, prefix_cache)
+    if prefix_cache and new and not llm.save_prefix(asked, prefix_cache):
+        click.echo(
+            f"{prefix_cache} is not written: the prompt is shorter than the 16 tokens that are kept at a time.",
+            err=True,
+        )

@@ -10,6 +10,7 @@ from corral.graphs.lower.corral_cpu import experts as corral_experts
 from corral.graphs.lower.corral_cpu import matmul as corral_matmul
 from corral.graphs.lower.corral_cpu.add_norm import lower_add_norm
 from corral.graphs.lower.corral_cpu.feed_forward import fuse_feed_forward
+from corral.graphs.lower.corral_cpu.shared_expert import join_shared_expert
 from corral.graphs.lower.onnxruntime.attention import lower_attention
 from corral.graphs.lower.onnxruntime.matmul import lower_matmul
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_matmul
@@ -69,6 +70,7 @@ LOWER: dict[str, Phase] = {
             corral_experts.lower_experts,
             corral_matmul.lower_matmul,
             fuse_feed_forward,
+            join_shared_expert,
             merge_matmul,
             corral_attention.lower_attention,
             lower_add_norm,

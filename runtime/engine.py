@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from corral.runtime import sampler
 from corral.runtime.forward import forward
 from corral.runtime.kv_cache import KvCache
 from corral.runtime.prefix_cache import PrefixCache
@@ -148,8 +149,9 @@ class Engine:
     def _prefill(self, work: Prefill) -> None:
         """Read a piece of a prompt; its last token gives the first of the answer."""
         request, start = work.request, work.request.position
-        # Room for the whole prompt and the first token at once, rather than growing on the way.
-        self._reserve(len(request.prompt_ids) + 1)
+        # Room for prompt and answer at once: growing copies the cache, and for that time there are two. Not for an answer
+        # longer than the prompt, which may end long before its limit.
+        self._reserve(len(request.prompt_ids) + min(request.max_tokens, len(request.prompt_ids)))
         if self._prefixes and not start:
             known = self._prefixes.restore(request.prompt_ids, work.slot)
             request.position = request.cached_tokens = known
@@ -177,8 +179,9 @@ class Engine:
         # Padding is written after a row's own tokens, where the next step writes again.
         padded = [row + row[-1:] * (width - len(row)) for row in rows]
         logits = self._run(padded, positions, self._cache.prefix(len(rows)), [list(range(width))] * len(rows))
-        for request, proposal, logits_RV in zip(requests, proposals, logits, strict=True):
-            self._verify(request, proposal, logits_RV)
+        largest = sampler.largest(logits.reshape(-1, logits.shape[-1]))
+        for i, (request, proposal) in enumerate(zip(requests, proposals, strict=True)):
+            self._verify(request, proposal, logits[i], largest[i * width : (i + 1) * width])
 
     def _propose(self, requests: Sequence[Request]) -> list[Proposal]:
         """Tokens to verify in the next step of `requests`, so few that no row runs over its chunk or the context."""
@@ -193,13 +196,14 @@ class Engine:
         left = [request.max_tokens - len(request.output_ids) - 1 for request in requests]
         return self._proposer.propose(requests, [min(most, count) for count in left])
 
-    def _verify(self, request: Request, proposal: Proposal, logits_RV: Float32) -> None:
+    def _verify(
+        self, request: Request, proposal: Proposal, logits_RV: Float32, largest_R: Sequence[int | None]
+    ) -> None:
         """Take tokens from the logits until one is not the proposed one, or ends the request."""
         for row, token in enumerate((*proposal.tokens, None)):
             request.position += 1
-            self._accept(
-                request, logits_RV[row], token, proposal.drawn_from[row] if row < len(proposal.drawn_from) else None
-            )
+            drawn_from = proposal.drawn_from[row] if row < len(proposal.drawn_from) else None
+            self._accept(request, logits_RV[row], token, drawn_from, largest_R[row])
             if request.done or request.output_ids[-1] != token:
                 return
 
@@ -218,9 +222,14 @@ class Engine:
         return forward(self._session, self._embed, cache, view, tokens, positions, logit_rows)
 
     def _accept(
-        self, request: Request, logits_V: Float32, proposed: int | None = None, drawn_from: Candidates | None = None
+        self,
+        request: Request,
+        logits_V: Float32,
+        proposed: int | None = None,
+        drawn_from: Candidates | None = None,
+        largest: int | None = None,
     ) -> None:
         try:
-            request.accept(logits_V, proposed, drawn_from)
+            request.accept(logits_V, proposed, drawn_from, largest)
         except Exception as error:
             request.error = error

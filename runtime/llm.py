@@ -160,7 +160,8 @@ class LLM:
     def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
         """Write the cache rows of a prompt that was run before to a file; returns how many of its tokens they are.
 
-        Raises InputError where there is no prefix cache, or nothing of the prompt in it.
+        0, and no file, where it is shorter than the 16 tokens that are kept at a time. Raises InputError where there is no
+        prefix cache, or nothing of the prompt in it.
         """
         ids = self._prompt_ids(prompt)
         return self._engine.with_prefixes(lambda known: write_prefix(Path(path), self._digest, ids, known))

@@ -33,14 +33,15 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 def write_prefix(path: Path, bundle: str, token_ids: Sequence[int], prefixes: PrefixCache) -> int:
     """Write what `prefixes` knows of the beginning of `token_ids`, whole or not at all; returns its tokens.
 
-    `bundle` is the digest of whose rows they are. Raises InputError where nothing is known, EnvironmentProblem where the
-    file cannot be written.
+    A prompt shorter than a block has nothing to keep: 0, and no file. `bundle` is the digest of whose rows they are. Raises
+    InputError where nothing is known of a longer one, EnvironmentProblem where the file cannot be written.
     """
+    if len(token_ids) < prefixes.block_tokens:
+        return 0
     blocks = prefixes.prefix(token_ids)
     if not blocks:
         raise InputError(
-            f"nothing of this prompt is in the prefix cache: it is shorter than {prefixes.block_tokens} tokens, was not "
-            "run yet, or had no room in prefix_cache_gb."
+            "nothing of this prompt is in the prefix cache: it was not run yet, or had no room in prefix_cache_gb."
         )
     ids = token_ids[: len(blocks) * prefixes.block_tokens]
     digest, partial = hashlib.sha256(), ""

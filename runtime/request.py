@@ -41,6 +41,7 @@ class Request:
         self._eos = tuple(eos_token_ids)
         self._decoder, self._stops = decoder, StopStrings(params.stop)
         self._at_end = not in_pieces and not params.stop
+        self._only_largest = params.only_largest
         self.generator = np.random.default_rng(params.seed)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -83,18 +84,24 @@ class Request:
         )
 
     def accept(
-        self, logits_V: Float32, proposed: int | None = None, drawn_from: sampler.Candidates | None = None
+        self,
+        logits_V: Float32,
+        proposed: int | None = None,
+        drawn_from: sampler.Candidates | None = None,
+        largest: int | None = None,
     ) -> None:
         """Choose the next token, and finish if it ends the request.
 
-        With `proposed`, drawn at random from `drawn_from`, that is the token as often as the logits have it.
+        With `proposed`, drawn at random from `drawn_from`, that is the token as often as the logits have it. `largest` is
+        the token of the largest logit, where it is known and finite.
         """
         few = len(self.output_ids) < self.params.min_tokens
-        candidates = self.distribution(logits_V)
-        if proposed is None or drawn_from is None:
-            token = sampler.draw(candidates, self.generator.random())
+        if largest is not None and self._only_largest:
+            token = largest
+        elif proposed is None or drawn_from is None:
+            token = sampler.draw(self.distribution(logits_V), self.generator.random())
         else:
-            token = accept_or_replace(proposed, drawn_from, candidates, self.generator)
+            token = accept_or_replace(proposed, drawn_from, self.distribution(logits_V), self.generator)
         if self.params.logprobs is not None:
             self._logprobs.append(sampler.token_logprobs(logits_V, token, self.params.logprobs))
         self.output_ids.append(token)

@@ -4,7 +4,7 @@
       -> log probabilities that are reported (if asked for)
       -> forbidden tokens out (end tokens before `min_tokens`)
       -> repetition penalty (tokens of prompt and output), frequency and presence penalties (tokens of the output)
-      -> temperature 0: the largest logit, the lowest index on ties
+      -> temperature 0: the largest logit, the lowest index on ties (`largest`: of a whole batch at once)
       -> temperature -> min-p -> top-k -> top-p -> one uniform draw from the request's own generator
 
 A filter maps candidates (ids ascending, weights) to fewer candidates. Weights need not sum to 1: each filter takes its
@@ -60,6 +60,13 @@ def distribution(
     candidates = keep_min_p(candidates, params.min_p)
     candidates = keep_top_k(candidates, params.top_k)
     return keep_top_p(candidates, params.top_p)
+
+
+def largest(logits_NV: Floats) -> list[int | None]:
+    """The token of each row's largest logit, the lowest on ties; None where that is no finite number."""
+    tokens_N = logits_NV.argmax(axis=-1)
+    finite_N = np.isfinite(logits_NV[np.arange(len(tokens_N)), tokens_N])
+    return [token if finite else None for token, finite in zip(tokens_N.tolist(), finite_N.tolist(), strict=True)]
 
 
 def forbid(logits_V: Floats, ids: Sequence[int]) -> Floats:

@@ -56,6 +56,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def only_largest(self) -> bool:
+        """Whether the next token is that of the largest logit, whatever came before it."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return self.greedy and not penalties and not self.min_tokens
+
 
 def _integer(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -135,18 +135,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 def tiny_bundle(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
     """`tiny_bundle("scout", "cpu", "int4")` -> a bundle compiled of that tiny checkpoint, made once. Do not write into it.
 
-    A fourth argument names the kernels.
+    A fourth argument names the kernels, a fifth the type of the KV cache.
     """
     made: dict[tuple[str, ...], Path] = {}
 
-    def make(form: str, target: str, weights: str, kernels: str = "stock") -> Path:
+    def make(form: str, target: str, weights: str, kernels: str = "stock", kv: str = "float") -> Path:
         from corral.graphs import compile
         from corral.spec.recipe import Recipe
 
-        key = (form, target, weights, kernels)
+        key = (form, target, weights, kernels, kv)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("-".join(key))
-            how = {"group_size": 32, "kernels": kernels, "calibration_tokens": 1024}
+            how = {"group_size": 32, "kernels": kernels, "kv": kv, "calibration_tokens": 1024}
             recipe = Recipe.from_json({"target": target, "weights": weights, **how})
             compile(tiny_checkpoint(form), made[key], recipe)
         return made[key]

@@ -11,6 +11,10 @@
 
 namespace corral {
 
+// In operations of floats, as ort::Workers counts them: quantizing a value takes as long as four, and as many products of
+// small integers are made in the time of one.
+constexpr int64_t kQuantizing = 4, kProductsAtOnce = 4;
+
 // Rows first … first + rows - 1 of a call.
 struct PanelPlace {
   int64_t first, rows;
@@ -39,20 +43,20 @@ class Activations {
     return {codes_.get() + place.first * inputs_.count, scales_.get() + group, sums_.get() + group, place.rows};
   }
 
-  // Quantizes every row; `row_of(i)` is where row i lies, `gain_of(i)` what multiplies it. Throws where a value is not
-  // finite: it would silently become some other number.
+  // Quantizes the rows of one panel; `row_of(i)` is where row i lies, `gain_of(i)` what multiplies it.
   template <class RowOf, class GainOf>
-  void fill(const Kernels& kernels, const ort::Workers& workers, const std::vector<PanelPlace>& places, RowOf row_of,
-            GainOf gain_of, const char* what) {
-    std::atomic<int64_t> broken{-1};
-    workers.each(places.size(), [&](size_t i) {
-      const Panel into = panel(places[i]);
-      for (int64_t row = 0; row < into.rows; row++) {
-        const int64_t at = places[i].first + row;
-        if (!kernels.quantize(row_of(at), gain_of(at), inputs_, into, row)) broken = at;
-      }
-    });
-    if (broken >= 0) {
+  void quantize(const Kernels& kernels, const PanelPlace& place, RowOf row_of, GainOf gain_of) {
+    const Panel into = panel(place);
+    for (int64_t row = 0; row < place.rows; row++) {
+      const int64_t at = place.first + row;
+      if (!kernels.quantize(row_of(at), gain_of(at), inputs_, into, row)) finite_ = false;
+    }
+  }
+
+  // To be called when all panels are quantized. Throws where a value was not finite: it would silently have become some
+  // other number.
+  void check(const char* what) const {
+    if (!finite_) {
       throw ort::Failure(ort::kInvalidArgument, std::string(what) + " holds a value that is infinite or not a number: "
                                                 "weights or caches are damaged, or the model overflows");
     }
@@ -63,6 +67,7 @@ class Activations {
   Buffer<int8_t> codes_;
   Buffer<float> scales_;
   Buffer<int32_t> sums_;
+  std::atomic<bool> finite_{true};
 };
 
 }  // namespace corral

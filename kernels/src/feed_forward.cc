@@ -1,6 +1,7 @@
 #include "feed_forward.h"
 
 #include <algorithm>
+#include <deque>
 
 #include "activations.h"
 
@@ -13,27 +14,137 @@ struct ExpertPanels {
   size_t first, end;
 };
 
-void cut_by_expert(const std::vector<Visit>& visits, std::vector<PanelPlace>& places, std::vector<ExpertPanels>& experts) {
-  const int64_t count = int64_t(visits.size());
-  for (int64_t begin = 0, end; begin < count; begin = end) {
-    for (end = begin + 1; end < count && visits[end].expert == visits[begin].expert;) end++;
-    const size_t first = places.size();
-    cut_into_panels(begin, end - begin, places);
-    experts.push_back({visits[begin].expert, first, places.size()});
+// One call, in four steps. The tasks of a step are independent of each other.
+class Passage {
+ public:
+  Passage(const Kernels& kernels, const float* x, const FeedForwardCall& call)
+      : kernels_(kernels),
+        into_(products_of(kernels, call.weights.gate_up.bits)),
+        back_(products_of(kernels, call.weights.down.bits)),
+        x_(x),
+        call_(call),
+        tokens_(rows(), gate_up().inputs),
+        h_(rows() * width()),
+        activated_(rows(), down().inputs) {
+    const int64_t count = rows();
+    for (int64_t begin = 0, end; begin < count; begin = end) {
+      const int64_t expert = call.visits[begin].expert;
+      for (end = begin + 1; end < count && call.visits[end].expert == expert;) end++;
+      const size_t first = places_.size();
+      cut_into_panels(begin, end - begin, places_);
+      experts_.push_back({expert, first, places_.size()});
+    }
   }
+
+  size_t panels() const { return places_.size(); }
+  size_t gate_up_tasks() const { return experts_.size() * tasks_an_expert(pairs(), pairs_a_task()); }
+  size_t down_tasks() const { return experts_.size() * tasks_an_expert(down().tiles, tiles_a_task()); }
+
+  void quantize_tokens(size_t panel) {
+    tokens_.quantize(
+        kernels_, places_[panel], [&](int64_t row) { return x_ + call_.visits[row].token * hidden(); },
+        [&](int64_t row) { return call_.visits[row].gain; });
+  }
+
+  void gate_up_task(size_t task) {
+    const int64_t tasks = tasks_an_expert(pairs(), pairs_a_task()), begin = int64_t(task) % tasks * pairs_a_task();
+    const ExpertPanels& mine = experts_[task / tasks];
+    alignas(64) float both[kPanelRows * 2 * kTileOutputs];
+    for (size_t p = mine.first; p < mine.end; p++) {
+      const Panel panel = tokens_.panel(places_[p]);
+      for (int64_t t = begin; t < std::min(begin + pairs_a_task(), pairs()); t++) {
+        into_.two_tiles(gate_up().tile(mine.expert, t), gate_up().tile(mine.expert, pairs() + t), panel, gate_up().inputs,
+                        both, 2 * kTileOutputs);
+        kernels_.swiglu(both, panel.rows, h_.get() + places_[p].first * width() + t * kTileOutputs, width());
+      }
+    }
+  }
+
+  void quantize_activated(size_t panel) {
+    activated_.quantize(
+        kernels_, places_[panel], [&](int64_t row) { return h_.get() + row * width(); }, [](int64_t) { return 1.0f; });
+  }
+
+  void down_task(size_t task) {
+    const int64_t tasks = tasks_an_expert(down().tiles, tiles_a_task()), begin = int64_t(task) % tasks * tiles_a_task();
+    const int64_t end = std::min(begin + tiles_a_task(), down().tiles);
+    const ExpertPanels& mine = experts_[task / tasks];
+    alignas(64) float both[kPanelRows * 2 * kTileOutputs];
+    for (size_t p = mine.first; p < mine.end; p++) {
+      const Panel panel = activated_.panel(places_[p]);
+      for (int64_t t = begin; t < end; t += 2) {
+        const Tile tile = down().tile(mine.expert, t);
+        const bool two = t + 2 <= end;
+        if (two) {
+          back_.two_tiles(tile, down().tile(mine.expert, t + 1), panel, down().inputs, both, 2 * kTileOutputs);
+        } else {
+          back_.one_tile(tile, panel, down().inputs, both, 2 * kTileOutputs);
+        }
+        for (int64_t row = 0; row < panel.rows; row++) {
+          const float* from = both + row * 2 * kTileOutputs;
+          std::copy(from, from + (two ? 2 : 1) * kTileOutputs,
+                    call_.answers + call_.visits[places_[p].first + row].answer * hidden() + t * kTileOutputs);
+        }
+      }
+    }
+  }
+
+  void check_tokens() const { tokens_.check("x"); }
+  void check_activated() const { activated_.check("what gate and up made of x"); }
+
+ private:
+  static int64_t tasks_an_expert(int64_t count, int64_t at_once) { return (count + at_once - 1) / at_once; }
+
+  const Weights& gate_up() const { return call_.weights.gate_up; }
+  const Weights& down() const { return call_.weights.down; }
+  int64_t rows() const { return int64_t(call_.visits.size()); }
+  int64_t hidden() const { return call_.weights.hidden(); }
+  int64_t width() const { return call_.weights.width(); }
+  int64_t pairs() const { return gate_up().tiles / 2; }
+  int64_t pairs_a_task() const { return rows() == 1 ? 8 : 2; }
+  int64_t tiles_a_task() const { return rows() == 1 ? 8 : 4; }
+
+  const Kernels& kernels_;
+  const Products &into_, &back_;
+  const float* x_;
+  const FeedForwardCall& call_;
+  std::vector<PanelPlace> places_;
+  std::vector<ExpertPanels> experts_;
+  Activations tokens_;
+  Buffer<float> h_;
+  Activations activated_;
+};
+
+using Passages = std::deque<Passage>;  // which never moves its elements
+
+// One step of all passages, of so many operations.
+void step(const ort::Workers& workers, Passages& passages, int64_t operations, size_t (Passage::*tasks)() const,
+          void (Passage::*work)(size_t)) {
+  size_t count = 0;
+  for (const Passage& passage : passages) count += (passage.*tasks)();
+  workers.each_worth(count, operations, [&](size_t task) {
+    for (Passage& passage : passages) {
+      const size_t own = (passage.*tasks)();
+      if (task < own) return (passage.*work)(task);
+      task -= own;
+    }
+  });
 }
 
 }  // namespace
 
-FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank) {
-  const FeedForward weights{
-      read_weights(api, info, {first, first + 1, first + 4}, rank, "gate_up_bits", "gate_up"),
-      read_weights(api, info, {first + 2, first + 3, first + 5}, rank, "down_bits", "down")};
+FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank,
+                              const std::string& prefix) {
+  const auto read = [&](const WeightInputs& at, const std::string& name) {
+    return read_weights(api, info, at, rank, (name + "_bits").c_str(), name.c_str());
+  };
+  const FeedForward weights{read({first, first + 1, first + 4}, prefix + "gate_up"),
+                            read({first + 2, first + 3, first + 5}, prefix + "down")};
   const Weights &gate_up = weights.gate_up, &down = weights.down;
   if (gate_up.tiles % 2 || down.inputs.count != weights.width() || down.outputs() != weights.hidden() ||
       gate_up.experts != down.experts) {
     throw ort::Failure(ort::kInvalidArgument,
-                       "gate_up has " + std::to_string(gate_up.experts) + " experts of " +
+                       prefix + "gate_up has " + std::to_string(gate_up.experts) + " experts of " +
                            std::to_string(gate_up.inputs.count) + " inputs and " + std::to_string(gate_up.outputs()) +
                            " outputs, down " + std::to_string(down.experts) + " of " + std::to_string(down.inputs.count) +
                            " and " + std::to_string(down.outputs()) +
@@ -42,65 +153,29 @@ FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, 
   return weights;
 }
 
-void feed_forward(const Kernels& kernels, const ort::Workers& workers, const FeedForward& weights, const float* x,
-                  const std::vector<Visit>& visits, float* answers) {
-  const Weights &gate_up = weights.gate_up, &down = weights.down;
-  const Products &into = products_of(kernels, gate_up.bits), &back = products_of(kernels, down.bits);
-  const int64_t rows = int64_t(visits.size()), hidden = weights.hidden(), width = weights.width();
-  std::vector<PanelPlace> places;
-  std::vector<ExpertPanels> experts;
-  cut_by_expert(visits, places, experts);
+std::vector<Visit> visits_of_all(int64_t tokens) {
+  std::vector<Visit> visits(tokens);
+  for (int64_t token = 0; token < tokens; token++) visits[token] = {token, 0, token, 1.0f};
+  return visits;
+}
 
-  Activations tokens(rows, gate_up.inputs);
-  tokens.fill(
-      kernels, workers, places, [&](int64_t row) { return x + visits[row].token * hidden; },
-      [&](int64_t row) { return visits[row].gain; }, "x");
-
-  Buffer<float> h(rows * width);
-  const int64_t pairs = gate_up.tiles / 2, pairs_per_task = rows == 1 ? 8 : 2;
-  const int64_t gate_up_tasks = (pairs + pairs_per_task - 1) / pairs_per_task;
-  workers.each(gate_up_tasks * experts.size(), [&](size_t task) {
-    const ExpertPanels& mine = experts[task / gate_up_tasks];
-    const int64_t begin = int64_t(task) % gate_up_tasks * pairs_per_task, end = std::min(begin + pairs_per_task, pairs);
-    alignas(64) float both[kPanelRows * 2 * kTileOutputs];
-    for (size_t p = mine.first; p < mine.end; p++) {
-      const Panel panel = tokens.panel(places[p]);
-      for (int64_t t = begin; t < end; t++) {
-        into.two_tiles(gate_up.tile(mine.expert, t), gate_up.tile(mine.expert, pairs + t), panel, gate_up.inputs, both,
-                       2 * kTileOutputs);
-        kernels.swiglu(both, panel.rows, h.get() + places[p].first * width + t * kTileOutputs, width);
-      }
-    }
-  });
-
-  Activations activated(rows, down.inputs);
-  activated.fill(
-      kernels, workers, places, [&](int64_t row) { return h.get() + row * width; }, [](int64_t) { return 1.0f; },
-      "what gate and up made of x");
-
-  const int64_t tiles_per_task = rows == 1 ? 8 : 4, down_tasks = (down.tiles + tiles_per_task - 1) / tiles_per_task;
-  workers.each(down_tasks * experts.size(), [&](size_t task) {
-    const ExpertPanels& mine = experts[task / down_tasks];
-    const int64_t begin = int64_t(task) % down_tasks * tiles_per_task, end = std::min(begin + tiles_per_task, down.tiles);
-    alignas(64) float both[kPanelRows * 2 * kTileOutputs];
-    for (size_t p = mine.first; p < mine.end; p++) {
-      const Panel panel = activated.panel(places[p]);
-      for (int64_t t = begin; t < end; t += 2) {
-        const bool two = t + 2 <= end;
-        if (two) {
-          back.two_tiles(down.tile(mine.expert, t), down.tile(mine.expert, t + 1), panel, down.inputs, both,
-                         2 * kTileOutputs);
-        } else {
-          back.one_tile(down.tile(mine.expert, t), panel, down.inputs, both, 2 * kTileOutputs);
-        }
-        for (int64_t row = 0; row < panel.rows; row++) {
-          const float* from = both + row * 2 * kTileOutputs;
-          std::copy(from, from + (two ? 2 : 1) * kTileOutputs,
-                    answers + visits[places[p].first + row].answer * hidden + t * kTileOutputs);
-        }
-      }
-    }
-  });
+void feed_forward(const Kernels& kernels, const ort::Workers& workers, const float* x,
+                  std::initializer_list<FeedForwardCall> calls) {
+  Passages passages;
+  for (const FeedForwardCall& call : calls) passages.emplace_back(kernels, x, call);
+  int64_t into = 0, between = 0, products = 0;
+  for (const FeedForwardCall& call : calls) {
+    const int64_t rows = int64_t(call.visits.size()), hidden = call.weights.hidden(), width = call.weights.width();
+    into += rows * hidden;
+    between += rows * width;
+    products += rows * hidden * width;
+  }
+  step(workers, passages, kQuantizing * into, &Passage::panels, &Passage::quantize_tokens);
+  for (const Passage& passage : passages) passage.check_tokens();
+  step(workers, passages, 2 * products / kProductsAtOnce, &Passage::gate_up_tasks, &Passage::gate_up_task);
+  step(workers, passages, kQuantizing * between, &Passage::panels, &Passage::quantize_activated);
+  for (const Passage& passage : passages) passage.check_activated();
+  step(workers, passages, products / kProductsAtOnce, &Passage::down_tasks, &Passage::down_task);
 }
 
 }  // namespace corral

@@ -2,6 +2,8 @@
 // every token visits.
 #pragma once
 
+#include <initializer_list>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -24,13 +26,24 @@ struct FeedForward {
   int64_t width() const { return gate_up.outputs() / 2; }
 };
 
-// Inputs `first` to `first + 3` are codes and scales of both; zero points may follow. Throws ort::Failure where the two
-// matrices do not fit each other.
-FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank);
+// Those at inputs `first` to `first + 5`: codes and scales of both, then optional zero points of both. `prefix` is that of the
+// names in attributes and messages. Throws ort::Failure where the two matrices do not fit each other.
+FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank,
+                              const std::string& prefix = "");
 
-// `visits` are sorted by expert. x [tokens, hidden], answers [answers, hidden].
-void feed_forward(const Kernels& kernels, const ort::Workers& workers, const FeedForward& weights, const float* x,
-                  const std::vector<Visit>& visits, float* answers);
+// What the visits of one set of experts, sorted by expert, come to: a row of `answers` [answers, hidden] for each.
+struct FeedForwardCall {
+  const FeedForward& weights;
+  const std::vector<Visit>& visits;
+  float* answers;
+};
+
+// All of x [tokens, hidden]; those of several calls at once, so that threads wait for each other as often as in one.
+void feed_forward(const Kernels& kernels, const ort::Workers& workers, const float* x,
+                  std::initializer_list<FeedForwardCall> calls);
+
+// Every one of so many tokens at the only expert.
+std::vector<Visit> visits_of_all(int64_t tokens);
 
 // Tokens that are computed together: more would only need more scratch memory.
 constexpr int64_t kTokensAtOnce = 2048;

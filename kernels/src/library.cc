@@ -35,7 +35,7 @@ ort::CustomOpDomain* domain(const ort::Api& api) {
     ort::CustomOpDomain* fresh = nullptr;
     api.check(ort::kCreateCustomOpDomain, kDomain, &fresh);
     for (const ort::CustomOp* op :
-         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record(),
+         {Operator<TiledMatMul>::record(), Operator<TiledFeedForward>::record(), Operator<TiledExperts>::record(), Operator<TiledMoE>::record(),
           Operator<Attention<FloatRows>>::record(), Operator<Attention<Int8Rows>>::record(),
           Operator<Attention<Int4Rows>>::record(), Operator<AddRmsNorm>::record()}) {
       api.check(ort::kCustomOpDomainAdd, fresh, op);

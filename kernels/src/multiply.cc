@@ -12,12 +12,15 @@ void multiply(const Kernels& kernels, const ort::Workers& workers, const Weights
   std::vector<PanelPlace> places;
   cut_into_panels(0, rows, places);
   Activations activations(rows, weights.inputs);
-  activations.fill(
-      kernels, workers, places, [&](int64_t row) { return x + row * weights.inputs.count; }, [](int64_t) { return 1.0f; },
-      "x");
+  workers.each_worth(places.size(), kQuantizing * rows * weights.inputs.count, [&](size_t panel) {
+    activations.quantize(
+        kernels, places[panel], [&](int64_t row) { return x + row * weights.inputs.count; }, [](int64_t) { return 1.0f; });
+  });
+  activations.check("x");
   // A task is some tiles for all rows: weights are read from memory once.
   const int64_t tiles_per_task = rows == 1 ? 16 : 4, stride = weights.outputs();
-  workers.each((weights.tiles + tiles_per_task - 1) / tiles_per_task, [&](size_t task) {
+  const int64_t tasks = (weights.tiles + tiles_per_task - 1) / tiles_per_task;
+  workers.each_worth(tasks, rows * weights.inputs.count * stride / kProductsAtOnce, [&](size_t task) {
     const int64_t begin = int64_t(task) * tiles_per_task, end = std::min(begin + tiles_per_task, weights.tiles);
     for (const PanelPlace& place : places) {
       const Panel panel = activations.panel(place);

@@ -3,9 +3,14 @@
 //
 // The routed experts as corral::MoE defines them: the sum over a token's k largest logits of expert(sigmoid(logit) x).
 // Weights as in TiledFeedForward, with a leading axis of E experts.
+//
+// TiledMoE(…, shared_gate_up, its scales, shared_down, its scales, zero points? of both; …, shared_gate_up_bits,
+//          shared_down_bits) adds them to what the shared expert makes of x, at once: with few tokens threads wait for each
+//          other longer than they compute.
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "buffer.h"
 #include "dispatch.h"
@@ -17,17 +22,19 @@
 
 namespace corral {
 
-class TiledExperts {
+class Experts {
  public:
-  static constexpr const char* kName = "TiledExperts";
-  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,         ort::kFloat16,
-                                     ort::kUint8, ort::kFloat16, {ort::kUint8, true}, {ort::kUint8, true}};
   static constexpr Port kOutputs[] = {ort::kFloat};
 
-  TiledExperts(const ort::Api& api, const ort::KernelInfo* info)
+  Experts(const ort::Api& api, const ort::KernelInfo* info, std::optional<FeedForward> shared)
       : kernels_(*choose_instruction_set().kernels),
         weights_(read_feed_forward(api, info, 2, 3)),
+        shared_(shared),
         k_(api.attribute(info, "k")) {
+    if (shared_ && shared_->hidden() != weights_.hidden()) {
+      throw ort::Failure(ort::kInvalidArgument, "the shared expert takes " + std::to_string(shared_->hidden()) +
+                                                    " inputs, the others " + std::to_string(weights_.hidden()));
+    }
     if (k_ < 1 || k_ > experts()) {
       throw ort::Failure(ort::kInvalidArgument, "k is " + std::to_string(k_) + ", expected 1 to the number of experts, " +
                                                     std::to_string(experts()));
@@ -57,17 +64,26 @@ class TiledExperts {
   void some(const ort::Workers& workers, const float* x, const float* logits, int64_t tokens, float* y) const {
     const std::vector<Visit> visits = route(logits, tokens, experts(), k_);
     read_ahead_chosen(visits);
-    if (k_ == 1) return feed_forward(kernels_, workers, weights_, x, visits, y);
     const int64_t hidden = weights_.hidden();
+    if (!shared_ && k_ == 1) return feed_forward(kernels_, workers, x, {{weights_, visits, y}});
     Buffer<float> answers(tokens * k_ * hidden);
-    feed_forward(kernels_, workers, weights_, x, visits, answers.get());
-    for (int64_t token = 0; token < tokens; token++) {
-      for (int64_t i = 0; i < hidden; i++) {
-        float sum = 0;  // always in the order of the choices, whoever else is in the batch
-        for (int64_t choice = 0; choice < k_; choice++) sum += answers[(token * k_ + choice) * hidden + i];
-        y[token * hidden + i] = sum;
-      }
+    if (shared_) {
+      feed_forward(kernels_, workers, x, {{weights_, visits, answers.get()}, {*shared_, visits_of_all(tokens), y}});
+    } else {
+      feed_forward(kernels_, workers, x, {{weights_, visits, answers.get()}});
     }
+    workers.each_worth(tokens, tokens * k_ * hidden, [&](size_t token) {
+      // Always in the order of the choices, whoever else is in the batch.
+      const float* first = answers.get() + int64_t(token) * k_ * hidden;
+      float* sum = y + int64_t(token) * hidden;
+      for (int64_t choice = 0; choice < k_; choice++) {
+        if (choice || shared_) {
+          kernels_.add(sum, first + choice * hidden, hidden, sum);
+        } else {
+          std::copy_n(first, hidden, sum);
+        }
+      }
+    });
   }
 
   void read_ahead_chosen(const std::vector<Visit>& visits) const {
@@ -82,7 +98,29 @@ class TiledExperts {
 
   const Kernels& kernels_;
   FeedForward weights_;
+  std::optional<FeedForward> shared_;
   int64_t k_;
+};
+
+class TiledExperts : public Experts {
+ public:
+  static constexpr const char* kName = "TiledExperts";
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,         ort::kFloat16,
+                                     ort::kUint8, ort::kFloat16, {ort::kUint8, true}, {ort::kUint8, true}};
+
+  TiledExperts(const ort::Api& api, const ort::KernelInfo* info) : Experts(api, info, std::nullopt) {}
+};
+
+class TiledMoE : public Experts {
+ public:
+  static constexpr const char* kName = "TiledMoE";
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,         ort::kFloat16,
+                                     ort::kUint8, ort::kFloat16, {ort::kUint8, true}, {ort::kUint8, true},
+                                     ort::kUint8, ort::kFloat16, ort::kUint8,         ort::kFloat16,
+                                     {ort::kUint8, true}, {ort::kUint8, true}};
+
+  TiledMoE(const ort::Api& api, const ort::KernelInfo* info)
+      : Experts(api, info, read_feed_forward(api, info, 8, 2, "shared_")) {}
 };
 
 }  // namespace corral

@@ -27,11 +27,9 @@ class TiledFeedForward {
     const int64_t hidden = weights_.hidden();
     const Tokens x = read_tokens(api, context, 0, hidden, "x");
     float* y = api.output(context, x.shape);
-    std::vector<Visit> visits;
     for (int64_t first = 0; first < x.count; first += kTokensAtOnce) {
-      visits.clear();
-      for (int64_t t = 0; t < std::min(kTokensAtOnce, x.count - first); t++) visits.push_back({t, 0, t, 1.0f});
-      feed_forward(kernels_, ort::Workers(api, context), weights_, x.values + first * hidden, visits, y + first * hidden);
+      const std::vector<Visit> visits = visits_of_all(std::min(kTokensAtOnce, x.count - first));
+      feed_forward(kernels_, ort::Workers(api, context), x.values + first * hidden, {{weights_, visits, y + first * hidden}});
     }
   }
 

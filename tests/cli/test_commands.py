@@ -72,6 +72,14 @@ def test_run_takes_a_prompt_up_where_a_file_has_it(corral: Corral, bundle: Path,
     assert "incomplete" in corral("run", bundle, TEXT, "--prefix-cache", file, code=2).stderr
 
 
+def test_run_answers_a_prompt_that_is_too_short_to_keep(corral: Corral, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prefix"
+    done = corral("run", bundle, "for", "--max-tokens", 2, "--json", "--prefix-cache", file)
+    assert json.loads(done.stdout)["token_ids"]
+    assert f"{file} is not written" in done.stderr
+    assert not file.exists()
+
+
 def test_run_guesses_tokens(corral: Corral, bundle: Path) -> None:
     base = ("run", bundle, TEXT, "--max-tokens", 24, "--ignore-eos")
     plain = corral(*base).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from corral.runtime import LLM, SamplingParams
+from corral.runtime.kv_cache import KvCache
+from corral.runtime.prefix_cache import PrefixCache
 from corral.runtime.session import Float32, Step
 
 CHUNK = 16
@@ -46,6 +49,36 @@ def test_prompts_that_begin_alike_are_answered_as_without(tiny_bundle: TinyBundl
     other.load_prefix(tmp_path / "prefix")
     [answer] = other.generate([prompts()[-1]], PARAMS)
     assert (answer.token_ids, answer.timings.cached_tokens) == (plain[-1], 2 * CHUNK)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("kv", ["float", "int8", "int4"])
+def test_rows_that_were_kept_give_the_same_bits_whatever_they_hold(
+    tiny_bundle: TinyBundle, kv: str, tmp_path: Path
+) -> None:
+    """Rows are copied as they lie in the cache, and no kernel's sum depends on how a prompt was cut into steps."""
+    bundle = tiny_bundle("scout", "cpu", "int4", "corral", kv)
+    params = dataclasses.replace(PARAMS, logprobs=1 << 20)  # of every token: as good as the logits
+
+    def opened(prefix_cache_gb: float = 0) -> LLM:
+        llm = LLM(bundle, prefix_cache_gb=prefix_cache_gb)
+        engine, layouts = llm._engine, llm.bundle.manifest.kv
+        assert isinstance(engine._cache, KvCache)
+        if prefix_cache_gb:  # blocks that end amid chunks, too
+            engine._prefixes = PrefixCache(engine._cache, layouts, 1 << 24, block_tokens=4)
+        return llm
+
+    plain, keeping, loading = opened(), opened(prefix_cache_gb=0.1), opened(prefix_cache_gb=0.1)
+    for prompt in prompts():
+        [want] = plain.generate([prompt], params)
+        for cached in (False, True):
+            [got] = keeping.generate([prompt], params)
+            assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
+            assert not cached or got.timings.cached_tokens == (len(prompt) - 1) // 4 * 4
+    assert keeping.save_prefix(prompts()[-1], tmp_path / "prefix") == loading.load_prefix(tmp_path / "prefix")
+    [got] = loading.generate([prompts()[-1]], params)
+    assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
+    assert got.timings.cached_tokens == 2 * CHUNK + 4
 
 
 @pytest.mark.usefixtures("cpu_kernels")

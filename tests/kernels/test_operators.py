@@ -148,6 +148,24 @@ def experts(
     )[0]
 
 
+def moe(
+    gate_up: Sequence[Matrix],
+    down: Sequence[Matrix],
+    shared: tuple[Matrix, Matrix],
+    x: Array,
+    logits: Array,
+    k: int,
+    **options: Any,
+) -> Array:
+    weights = (*stacked(gate_up), *stacked(down), stacked_zeros(gate_up), stacked_zeros(down))
+    weights += (*shared[0].stored, *shared[1].stored, shared[0].stored_zeros, shared[1].stored_zeros)
+    bits: dict[str, Any] = {"gate_up_bits": gate_up[0].bits, "down_bits": down[0].bits}
+    bits |= {"shared_gate_up_bits": shared[0].bits, "shared_down_bits": shared[1].bits}
+    return session("TiledMoE", weights, ("x", "logits"), k=k, **bits, **options).run(None, {"x": x, "logits": logits})[
+        0
+    ]
+
+
 def sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
@@ -350,6 +368,32 @@ def matmul_nbits(matrix: Matrix, x: Array, group: int) -> Array:
 # --- the same bits ---
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("k", [1, 2])
+def test_shared_and_routed_experts_at_once_are_the_sum_of_both(tokens: int, k: int) -> None:
+    rng = np.random.default_rng(tokens)
+    gate_up, down = (
+        [random_matrix(rng, 64, 32, 32) for _ in range(4)],
+        [random_matrix(rng, 32, 32, 32, asymmetric=True) for _ in range(4)],
+    )
+    shared = random_matrix(rng, 128, 32, 32, 8), random_matrix(rng, 32, 64, 32, 3, asymmetric=True)
+    x, logits = random_batch(rng, tokens, 32), rng.standard_normal((tokens, 4)).astype(np.float32)
+    want = feed_forward(*shared, x)
+    for choice in np.argsort(-logits, axis=-1)[:, :k].T:  # added one by one, as a token's order of choices says
+        alone = np.full_like(logits, -np.inf)
+        np.put_along_axis(alone, choice[:, None], np.take_along_axis(logits, choice[:, None], -1), -1)
+        want = want + experts(gate_up, down, x, alone, 1)
+    np.testing.assert_array_equal(moe(gate_up, down, shared, x, logits, k), want)
+
+
+def test_a_shared_expert_of_another_width_of_tokens_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    experts_of = [random_matrix(rng, 64, 32, 32)], [random_matrix(rng, 32, 32, 32)]
+    shared = random_matrix(rng, 64, 64, 32), random_matrix(rng, 64, 32, 32)
+    with pytest.raises(Exception, match="the shared expert takes 64 inputs, the others 32"):
+        moe(*experts_of, shared, np.zeros((1, 32), np.float32), np.zeros((1, 1), np.float32), 1)
+
+
 @pytest.mark.parametrize("codes", CODES_OF)
 def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(forced: Forced, codes: tuple[int, bool]) -> None:
     rng = np.random.default_rng(5)
@@ -364,6 +408,7 @@ def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(forced: Fo
             feed_forward(gate_up[0], down[0], x[rows], threads=threads),
             experts(gate_up, down, x[rows], logits[rows], 1, threads=threads),
             experts(gate_up, down, x[rows], logits[rows], 3, threads=threads),
+            moe(gate_up, down, (gate_up[5], down[4]), x[rows], logits[rows], 1, threads=threads),
         )
 
     want = everything(slice(None))

@@ -108,6 +108,19 @@ def test_caches_grow_past_their_first_size_and_shrink_when_idle(make_engine: Mak
     assert engine._cache.bytes == 0
 
 
+def test_a_long_prompts_cache_has_room_for_the_answer(make_engine: MakeEngine) -> None:
+    """Growing would copy it: twice the memory."""
+    [prompt] = prompts(300)
+    engine, request = make_engine(), greedy(prompt, 20)
+    engine.add(request)
+    capacities = set()
+    while not request.done:
+        engine.step()
+        if request.output_ids and not request.done:
+            capacities.add(engine._cache.slot(0).keys[1].shape[2])  # of the layer that keeps every token
+    assert capacities == {320}
+
+
 def test_a_cancelled_request_leaves_the_others_alone(make_engine: MakeEngine, model: Any) -> None:
     engine = make_engine()
     requests = [greedy(prompt, 16) for prompt in prompts(5, 9, 12)]

@@ -273,6 +273,7 @@ def test_what_cannot_be_saved_says_why(make_llm: MakeLLM, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="nothing of this prompt"):
         llm.save_prefix(PROMPT, tmp_path / "prefix")
     llm.generate([PROMPT], GREEDY)
+    assert llm.save_prefix(PROMPT[:2], tmp_path / "prefix") == 0  # shorter than a block
     with pytest.raises(EnvironmentProblem, match="cannot be written"):
         llm.save_prefix(PROMPT, tmp_path / "nowhere" / "prefix")
     with pytest.raises(InputError, match="prefix_cache_gb is 0"):

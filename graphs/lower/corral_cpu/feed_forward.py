@@ -26,14 +26,15 @@ def fuse_feed_forward(work: ModelAndPlan) -> bool:
 
     Raises PatternAbsent where one was not found, and InputError where its halves were published in different ways.
     """
-    expected = sum(_fusible(work, i, layer) for i, layer in enumerate(work.config.layers))
+    expected = sum(is_fused(work, i, layer) for i, layer in enumerate(work.config.layers))
     fused = sum(_fuse(work, down) for down in work.nodes(MATMUL, DOMAIN))
     if fused != expected:
         raise PatternAbsent(f"fuse_feed_forward fused {fused} feed-forwards, expected {expected}")
     return bool(fused)
 
 
-def _fusible(work: ModelAndPlan, number: int, layer: LayerConfig) -> bool:
+def is_fused(work: ModelAndPlan, number: int, layer: LayerConfig) -> bool:
+    """Whether this layer's feed-forward, or its shared expert, is stored so that it can be."""
     name = f"layers.{number}.feed_forward{'.shared_expert' if layer.moe else ''}"
     gate, up, down = (work.recipe.of(f"{name}.{part}_proj.weight") for part in ("gate", "up", "down"))
     return gate == up and all(scheme_named(matrix.weights).is_quantized for matrix in (gate, down))
