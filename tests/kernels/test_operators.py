@@ -157,13 +157,13 @@ def moe(
     k: int,
     **options: Any,
 ) -> Array:
-    weights = (*stacked(gate_up), *stacked(down), stacked_zeros(gate_up), stacked_zeros(down))
-    weights += (*shared[0].stored, *shared[1].stored, shared[0].stored_zeros, shared[1].stored_zeros)
+    routed = (*stacked(gate_up), *stacked(down), stacked_zeros(gate_up), stacked_zeros(down))
+    dense = (*shared[0].stored, *shared[1].stored, shared[0].stored_zeros, shared[1].stored_zeros)
     bits: dict[str, Any] = {"gate_up_bits": gate_up[0].bits, "down_bits": down[0].bits}
     bits |= {"shared_gate_up_bits": shared[0].bits, "shared_down_bits": shared[1].bits}
-    return session("TiledMoE", weights, ("x", "logits"), k=k, **bits, **options).run(None, {"x": x, "logits": logits})[
-        0
-    ]
+    return session("TiledMoE", (*routed, *dense), ("x", "logits"), k=k, **bits, **options).run(
+        None, {"x": x, "logits": logits}
+    )[0]
 
 
 def sigmoid(x: Array) -> Array:
