@@ -21,7 +21,7 @@ class TiledFeedForward {
   static constexpr Port kOutputs[] = {ort::kFloat};
 
   TiledFeedForward(const ort::Api& api, const ort::KernelInfo* info)
-      : kernels_(*choose_instruction_set().kernels), weights_(read_feed_forward(api, info, 1, 2)) {}
+      : kernels_(*choose_instruction_set().kernels), weights_(read_feed_forward(api, info, {1, 5}, 2)) {}
 
   void compute(const ort::Api& api, ort::KernelContext* context) const {
     const int64_t hidden = weights_.hidden();

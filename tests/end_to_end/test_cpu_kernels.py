@@ -24,6 +24,7 @@ from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
 from corral.runtime import LLM, SamplingParams
 from corral.spec.bundle import open_bundle
+from corral.spec.cpu_ops import VERSION
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
@@ -184,7 +185,7 @@ def test_every_large_matrix_goes_to_the_kernels(tiny_bundle: Bundle, form: str) 
     stored = {record.kind: record for record in bundle.manifest.coverage}
     assert stored["attention"].stored == "int4 g32"
     assert stored["attention"].bytes * 8 == stored["attention"].parameters * (4 + 16 / GROUP)  # fp16 scales
-    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": "3"}
+    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": str(VERSION)}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -254,7 +255,7 @@ def test_a_bundle_is_refused_where_the_library_is_missing(
     ("needs", "remedy"),
     [
         ("1", "Compile the checkpoint again"),
-        ("4", "Install a newer corral"),
+        (str(VERSION + 1), "Install a newer corral"),
         ("99999999999999999999", "Install a newer corral"),
         ("latest", "Install a newer corral"),
         ("", "Install a newer corral"),
@@ -269,7 +270,7 @@ def test_a_bundle_for_another_library_is_refused(tiny_bundle: Bundle, tmp_path: 
     manifest["requires"]["corral_cpu_ops"] = needs
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(EnvironmentProblem, match=rf"have version 3; this bundle needs {needs}. {remedy}"):
+    with pytest.raises(EnvironmentProblem, match=rf"have version {VERSION}; this bundle needs {needs}. {remedy}"):
         LLM(bundle)
 
 

@@ -157,13 +157,13 @@ def moe(
     k: int,
     **options: Any,
 ) -> Array:
-    routed = (*stacked(gate_up), *stacked(down), stacked_zeros(gate_up), stacked_zeros(down))
-    dense = (*shared[0].stored, *shared[1].stored, shared[0].stored_zeros, shared[1].stored_zeros)
+    zeros = [stacked_zeros(gate_up), stacked_zeros(down), *(matrix.stored_zeros for matrix in shared)]
+    weights = (*stacked(gate_up), *stacked(down), *shared[0].stored, *shared[1].stored, *zeros)
     bits: dict[str, Any] = {"gate_up_bits": gate_up[0].bits, "down_bits": down[0].bits}
     bits |= {"shared_gate_up_bits": shared[0].bits, "shared_down_bits": shared[1].bits}
-    return session("TiledMoE", (*routed, *dense), ("x", "logits"), k=k, **bits, **options).run(
-        None, {"x": x, "logits": logits}
-    )[0]
+    return session("TiledMoE", weights, ("x", "logits"), k=k, **bits, **options).run(None, {"x": x, "logits": logits})[
+        0
+    ]
 
 
 def sigmoid(x: Array) -> Array:
@@ -265,7 +265,7 @@ def test_experts_and_feed_forward_compute_their_definition(
     experts_and_k: tuple[int, int],
     codes: tuple[tuple[int, bool], tuple[int, bool]],
 ) -> None:
-    """Within what int8 activations cost: 3 % in the norm even for one token and small groups."""
+    """With activations rounded to int8: where one is nearly between two codes it may become the other."""
     tokens, tiles, groups, group, seed = shape
     count, k = experts_and_k
     rng = np.random.default_rng(seed)
@@ -276,8 +276,9 @@ def test_experts_and_feed_forward_compute_their_definition(
     with forced(instruction_set):
         routed = experts(gate_up, down, x, logits, k)
         dense = feed_forward(gate_up[0], down[0], x)
-    assert relative_error(routed, true_experts(gate_up, down, x, logits, k)) < 0.03
-    assert relative_error(dense, true_feed_forward(gate_up[0], down[0], x)) < 0.03
+    see = functools.partial(rounded, group=group)
+    assert relative_error(routed, true_experts(gate_up, down, x, logits, k, see)) < 3e-3
+    assert relative_error(dense, true_feed_forward(gate_up[0], down[0], x, see)) < 3e-3
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -374,9 +375,9 @@ def test_shared_and_routed_experts_at_once_are_the_sum_of_both(tokens: int, k: i
     rng = np.random.default_rng(tokens)
     gate_up, down = (
         [random_matrix(rng, 64, 32, 32) for _ in range(4)],
-        [random_matrix(rng, 32, 32, 32, asymmetric=True) for _ in range(4)],
+        [random_matrix(rng, 32, 32, 32) for _ in range(4)],
     )
-    shared = random_matrix(rng, 128, 32, 32, 8), random_matrix(rng, 32, 64, 32, 3, asymmetric=True)
+    shared = random_matrix(rng, 128, 32, 32, 8), random_matrix(rng, 32, 64, 32, 3, True)
     x, logits = random_batch(rng, tokens, 32), rng.standard_normal((tokens, 4)).astype(np.float32)
     want = feed_forward(*shared, x)
     for choice in np.argsort(-logits, axis=-1)[:, :k].T:  # added one by one, as a token's order of choices says

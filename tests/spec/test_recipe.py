@@ -19,14 +19,14 @@ from corral.spec.target import TARGETS
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_toml_round_trip(target: str, group_size: int, tmp_path: Path) -> None:
-    for weights in TARGETS[target].weights:
-        kernels = "corral" if weights in ("int3", "int2") else "stock"
-        recipe = Recipe(
-            target=target, weights=weights, group_size=group_size, requantize=group_size == 64, kernels=kernels
-        )
-        (tmp_path / "recipe.toml").write_text(recipe.to_toml())
-        assert read_recipe(tmp_path / "recipe.toml") == recipe
-        assert Recipe.from_json(recipe.to_json()) == recipe
+    for kernels, schemes in TARGETS[target].kernels.items():
+        for weights in schemes:
+            recipe = Recipe(
+                target=target, weights=weights, group_size=group_size, requantize=group_size == 64, kernels=kernels
+            )
+            (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+            assert read_recipe(tmp_path / "recipe.toml") == recipe
+            assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 RULES = (
@@ -108,9 +108,9 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"kernels": "corral", "target": "portable"}, r'kernels "corral" are not known for target portable'),
         (
             {"kernels": "corral", "weights": "fp32"},
-            r'kernels "corral" compute int8, int4, int3, int2 weights, not fp32',
+            r'kernels "corral" compute int8, int4, int3, int2 weights, not fp32. Use --kernels stock',
         ),
-        ({"weights": "int3"}, r"ONNX Runtime has no kernels for int3 weights. Use --kernels corral"),
+        ({"weights": "int3"}, r'"stock" compute fp32, int8, int4 weights, not int3. Use --kernels corral'),
         ({"rules": {"matrices": "lm_head"}}, "rules is {'matrices': 'lm_head'}, expected a list"),
         ({"rules": [{"weights": "int8"}]}, r"rule 1 is {'weights': 'int8'}; expected a table with `matrices`"),
         ({"rules": [{"matrices": "*", "bits": 8}]}, r'rule 1: key "bits" is not known; expected matrices'),
@@ -151,7 +151,7 @@ def test_refusals(data: dict[str, Any], reason: str) -> None:
 
 
 def test_a_target_refuses_weights_it_cannot_run() -> None:
-    unsupported = [(t, w) for t, target in TARGETS.items() for w in SCHEMES if w not in target.weights]
+    unsupported = [(t, w) for t, target in TARGETS.items() for w in SCHEMES if w not in target.all_weights]
     assert unsupported, "every target takes everything: this test sees nothing"
     for target, weights in unsupported:
         with pytest.raises(InputError, match=rf"target {target} does not take {weights} weights; it takes"):

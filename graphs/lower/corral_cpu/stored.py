@@ -57,7 +57,6 @@ def store_tiles(work: ModelAndPlan, weight: QuantizedWeight) -> list[ir.Value]:
 
 
 def two_matrices(first: Sequence[ir.Value | None], second: Sequence[ir.Value | None]) -> list[ir.Value | None]:
-    """Two matrices, as `store_tiles` gives them, in the six inputs of an operator: codes and scales of both, then zero points
-    of both, None where codes are symmetric."""
+    """The inputs of an operator with two matrices, as `store_tiles` gives them: zero points come last, in either's place."""
     zeros = [stored[2] if len(stored) > 2 else None for stored in (first, second)]
-    return [*first[:2], *second[:2], *zeros]
+    return [*first[:2], *second[:2], *(zeros if any(zeros) else [])]
