@@ -2,6 +2,11 @@
 
     python benchmarks/llama_cpp_accuracy.py demo/demo-scout --text demo/demo-scout/heldout.txt --peer /somewhere/with/1/GB
 
+A row more, beside those of an earlier run on the same text, without llama.cpp:
+
+    python benchmarks/llama_cpp_accuracy.py demo/demo-scout --text demo/demo-scout/heldout.txt --recipe tuned.toml \
+        --beside benchmarks/results/accuracy-demo.json --json benchmarks/results/accuracy-demo.json
+
 llama.cpp converts, calibrates (importance matrix of the text that corral calibrates on) and quantizes with its own
 tools. Every build then computes logits of the same tokens, and `corral.validate` holds them against the checkpoint in
 float32: KL divergence in nats a token, with its standard error. Sizes are of everything that must be shipped: the GGUF
@@ -73,36 +78,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--peer", type=Path, required=True, help="Where llama.cpp is built, or was.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--peer", type=Path, help="Where llama.cpp is built, or was: its builds and the usual ones of corral."
+    )
+    what.add_argument(
+        "--beside", type=Path, metavar="JSON", help="Keep these rows, and measure only those of --recipe."
+    )
     parser.add_argument("--recipe", type=Path, action="append", default=[], help="A recipe file more, by its name.")
-    parser.add_argument("--only-recipes", action="store_true", help="Of corral's, only those of --recipe.")
     parser.add_argument("--predictions", type=int, default=20_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    recipes = {} if options.only_recipes else dict(RECIPES)
+    recipes = dict(RECIPES) if options.peer else {}
     recipes |= {f"corral {path.stem}": read_recipe(path) for path in options.recipe}
-    peer, threads = build(options.peer), usable_cores()
+    threads = usable_cores()
     with tempfile.TemporaryDirectory() as scratch:
         reference = open_build(options.checkpoint, provider="cpu", threads=threads)
-        builds: list[Any] = list(ggufs(peer, options.checkpoint, reference.config, Path(scratch), threads))
+        window = min(512, reference.config.attention_chunk_size or 512) - 1
+        report = {"checkpoint": str(options.checkpoint), "window": window, "llama-cpp-python": VERSION}
+        report["predictions"] = options.predictions
+        kept = rows_of(options.beside, report) if options.beside else []
+        builds: list[Any] = []
+        if options.peer:
+            peer = build(options.peer)
+            builds += ggufs(peer, options.checkpoint, reference.config, Path(scratch), threads)
         for name, recipe in recipes.items():
             made = compile(options.checkpoint, Path(scratch) / name.replace(" ", "-"), recipe)
             opened = open_build(made.directory, provider="cpu", threads=threads)
             builds.append(opened)
             opened.name = name
-        window = min(512, reference.config.attention_chunk_size or 512) - 1
         ids = encode_alike(options.text.read_text(), [reference])
         windows = list(
             cut_windows(ids, size=window, predictions=options.predictions, bos=reference.config.bos_token_id)
         )
         _, accuracies = measure_accuracy(reference, builds, windows)
-        rows = sorted(
-            (row(b.name, b.bytes, a) for b, a in zip(builds, accuracies, strict=True)), key=lambda r: r["bytes"]
-        )
+    measured = [row(b.name, b.bytes, a) for b, a in zip(builds, accuracies, strict=True)]
+    rows = sorted([r for r in kept if r["name"] not in recipes] + measured, key=lambda r: r["bytes"])
     print(in_words(rows, window))
     if options.json:
-        report = {"checkpoint": str(options.checkpoint), "window": window, "llama-cpp-python": VERSION, "builds": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(json.dumps(report | {"builds": rows}, indent=1) + "\n")
+
+
+def rows_of(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The builds of an earlier run, if it was on the same tokens of the same checkpoint."""
+    earlier = json.loads(path.read_text())
+    if differing := [key for key, value in report.items() if earlier[key] != value]:
+        sys.exit(f"{path} was measured otherwise: {', '.join(f'{key} {earlier[key]}' for key in differing)}")
+    builds: list[dict[str, Any]] = earlier["builds"]
+    return builds
 
 
 def ggufs(peer: Peer, checkpoint: Path, config: ModelConfig, scratch: Path, threads: int) -> Iterator[GgufBuild]:

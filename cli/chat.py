@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli.options import (
-    chosen_sampling,
-    guess_options,
-    prefix_cache_option,
-    provider_option,
-    sampling_options,
-    threads_option,
-)
+from corral.cli.opened import opened, opening_options
+from corral.cli.options import chosen_sampling, sampling_options
 
 if TYPE_CHECKING:
     from corral.runtime import LLM, SamplingParams
@@ -29,37 +23,16 @@ HELP = "/reset starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--system", help="What the model is told before the conversation.")
 @sampling_options(temperature=0.6)
-@guess_options
-@prefix_cache_option
-@provider_option
-@threads_option
+@opening_options
 def command(
     bundle: Path,
     system: str | None,
-    prompt_lookup: bool,
-    draft: Path | None,
-    speculative_tokens: int | None,
-    prefix_cache_gb: float,
-    provider: str,
-    threads: int | None,
+    opening: dict[str, Any],
     **sampling: Any,
 ) -> None:
     """Talk with a BUNDLE of an instruction-tuned model."""
     params = chosen_sampling(sampling)
-    from corral.cli.progress import show_progress
-    from corral.runtime import LLM
-
-    with show_progress() as progress:
-        llm = LLM(
-            bundle,
-            provider=provider,
-            threads=threads,
-            draft=draft,
-            prompt_lookup=prompt_lookup,
-            num_speculative_tokens=speculative_tokens,
-            prefix_cache_gb=prefix_cache_gb,
-            progress=progress,
-        )
+    llm = opened(bundle, opening)
     start = [{"role": "system", "content": system}] if system else []
     # A conversation that cannot begin (no tokenizer, no chat template) says so before anybody types.
     llm.chat_stream([*start, {"role": "user", "content": "Hello"}], params)

@@ -26,9 +26,6 @@ fresh_option = click.option("--fresh", is_flag=True, help="Start over: replace w
 jobs_option = click.option("--jobs", type=int, help="Processes that compute weights.  [default: as many as pay off]")
 ray_option = click.option("--ray", metavar="HOST:PORT", help="Compute weights on this Ray cluster, not here.")
 provider_option = click.option("--provider", default="cpu", show_default=True, help="ONNX Runtime execution provider.")
-prefix_cache_option = click.option(
-    "--prefix-cache-gb", type=float, default=4.0, show_default=True, help="Memory for beginnings of prompts; 0: none."
-)
 threads_option = click.option("--threads", type=int, help="CPU threads.  [default: one a physical core]")
 
 
@@ -68,6 +65,7 @@ RECIPE_HELP = {
     "expert_tiles": "Of engines: tiles of the experts' columns; 0: chosen for the GPU.",
     "weight_streaming": "Of engines: build them so that part of the weights may stay in the host's memory.",
     "group_size": f"Inputs that share a scale: {', '.join(map(str, GROUP_SIZES))}.",
+    "asymmetric": "Give each group of int4, int3 or int2 codes a zero point of its own.",
 }
 
 
@@ -94,20 +92,6 @@ def chosen_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     if recipe_file is not None:
         return read_recipe(recipe_file, **options)
     return Recipe.from_json({key: value for key, value in options.items() if value is not None}, where="options")
-
-
-def guess_options(command: F) -> F:
-    """The options of LLM that guess tokens ahead, which makes an answer come sooner and no different."""
-    options = (
-        click.option("--prompt-lookup", is_flag=True, help="Guess next tokens where the same ones stood before."),
-        click.option("--draft", type=click.Path(path_type=Path), help="Let this smaller bundle guess next tokens."),
-        click.option(
-            "--speculative-tokens", type=int, help="Tokens guessed at a time.  [default: 8 looked up, 5 drafted]"
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 def sampling_options(*, temperature: float) -> Callable[[F], F]:

@@ -9,15 +9,8 @@ from typing import Any
 
 import click
 
-from corral.cli.options import (
-    chosen_sampling,
-    guess_options,
-    json_option,
-    prefix_cache_option,
-    provider_option,
-    sampling_options,
-    threads_option,
-)
+from corral.cli.opened import opened, opening_options
+from corral.cli.options import chosen_sampling, json_option, sampling_options
 from corral.cli.written_file import check_place
 
 
@@ -28,46 +21,26 @@ from corral.cli.written_file import check_place
     "--chat/--raw", default=False, help="Put PROMPT through the chat template, or complete it as it is (default)."
 )
 @sampling_options(temperature=0.0)
-@guess_options
+@opening_options
 @click.option(
     "--prefix-cache", type=click.Path(path_type=Path), help="Take the prompt's beginning from FILE, or put it there."
 )
-@prefix_cache_option
-@provider_option
-@threads_option
 @json_option
 def command(
     bundle: Path,
     prompt: str,
     chat: bool,
-    prompt_lookup: bool,
-    draft: Path | None,
-    speculative_tokens: int | None,
     prefix_cache: Path | None,
-    prefix_cache_gb: float,
-    provider: str,
-    threads: int | None,
     as_json: bool,
+    opening: dict[str, Any],
     **sampling: Any,
 ) -> None:
     """Complete PROMPT ("-" reads it from stdin) with a BUNDLE."""
     params = chosen_sampling(sampling)
-    from corral.cli.progress import show_progress
     from corral.cli.tables import print_json
-    from corral.runtime import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with show_progress() as progress:
-        llm = LLM(
-            bundle,
-            provider=provider,
-            threads=threads,
-            draft=draft,
-            prompt_lookup=prompt_lookup,
-            num_speculative_tokens=speculative_tokens,
-            prefix_cache_gb=prefix_cache_gb if prefix_cache else 0,
-            progress=progress,
-        )
+    llm = opened(bundle, opening | ({} if prefix_cache else {"prefix_cache_gb": 0}))
     asked = llm.conversation([{"role": "user", "content": text}]) if chat else text
     new = prefix_cache is not None and not prefix_cache.exists()
     if prefix_cache and new:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from corral.cli.options import RECIPE_HELP, json_option, layers_option, part_of, threads_option
+from corral.cli.written_file import check_place, write_named
 from corral.spec.errors import InputError
 from corral.spec.recipe import Recipe
 
@@ -59,9 +60,9 @@ def command(
     wanted = _budget(budget, size, tokens_per_second)
     if tokens < 1:
         raise InputError(f"tokens is {tokens}, expected at least 1.")
-    if out.exists() or not out.absolute().parent.is_dir():
-        found = "is there already" if out.exists() else "is in no directory"
-        raise InputError(f"{out} {found}; expected the name of a new recipe file, such as tuned.toml.")
+    check_place(out, "--out")
+    if out.exists():
+        raise InputError(f"{out} is there already; expected the name of a new recipe file, such as tuned.toml.")
     chosen = Recipe.from_json(dict(recipe), where="options")
     from corral.cli.progress import show_progress
     from corral.cli.tables import print_json
@@ -75,7 +76,7 @@ def command(
         tuned = tune(
             part_of(checkpoint, layers), Budget(**wanted), chosen, tokens=tokens, threads=threads, progress=progress
         )
-    out.write_text(written(tuned, wanted), encoding="utf-8")
+    write_named(out, "--out", written(tuned).encode(), "a recipe")
     if as_json:
         print_json(tuned.to_json())
     else:

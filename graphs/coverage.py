@@ -42,7 +42,8 @@ def stored_as(entry: Entry) -> str:
         if step.output:  # a quantizer; codes and scales of one weight are the same row
             args = dict(step.args)
             method = "" if step.name in ("rtn", "as_published") else f" {step.name.replace('_', '-')}"
-            return in_words(f"int{args['bits']}", int(args["group_size"])) + method
+            asymmetric = bool(args.get("asymmetric", False))
+            return in_words(f"int{args['bits']}", int(args["group_size"]), asymmetric) + method
     return entry.dtype
 
 

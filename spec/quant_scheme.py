@@ -1,7 +1,8 @@
 """How a weight matrix is stored: bits, group size, scale type. A table, read by recipes, quantizers and lowerings.
 
-Codes are symmetric: value = scale * (code - 2**(bits-1)) with unsigned codes, one scale per `group_size` inputs of one
-output. Group size counts along the input dimension. FP8 has one scale per output, and its activations are FP8, too.
+value = scale * (code - zero) with unsigned codes, one scale per `group_size` inputs of one output. Codes are symmetric,
+zero = 2**(bits-1), or asymmetric: then each group has a zero point of its own, one of the codes. Group size counts along the
+input dimension. FP8 has one scale per output, and its activations are FP8, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from corral.spec.errors import InputError
 
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 128
+ZERO_POINT_BITS = 4  # that a zero point is stored in, whatever its codes have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,11 @@ class QuantScheme:
         """Whether there is more than one way to choose codes: they are whole numbers, with a scale a group."""
         return self.is_quantized and not self.is_float
 
+    @property
+    def takes_zero_points(self) -> bool:
+        """Whether codes may be asymmetric: with 8 bits there are enough of them on either side of 0."""
+        return self.takes_methods and self.bits is not None and self.bits <= ZERO_POINT_BITS
+
     def bits_per_weight(self, group_size: int) -> float:
         """Stored bits per weight, float32 scales of groups included."""
         if self.bits is None:
@@ -59,9 +66,13 @@ SCHEMES = {
 }
 
 
-def in_words(scheme: str, group_size: int) -> str:
-    """A quantized weight's storage, as in "int4 g128". Equal words: equal codes and scales mean the same numbers."""
-    return f"{scheme} per output" if SCHEMES[scheme].is_float else f"{scheme} g{group_size}"
+def in_words(scheme: str, group_size: int, asymmetric: bool = False) -> str:
+    """A quantized weight's storage, as in "int4 g128" or "int4 g128 asymmetric". Equal words: equal codes, scales and zero
+    points mean the same numbers.
+    """
+    if SCHEMES[scheme].is_float:
+        return f"{scheme} per output"
+    return f"{scheme} g{group_size}" + (" asymmetric" if asymmetric else "")
 
 
 def scheme_named(name: str) -> QuantScheme:

@@ -15,7 +15,7 @@ from corral.spec.errors import InputError
 from corral.spec.gpus import capability_of
 from corral.spec.quant_scheme import DEFAULT_GROUP_SIZE, GROUP_SIZES, scheme_named
 from corral.spec.rule import Rule
-from corral.spec.target import check_capability, target_named
+from corral.spec.target import TARGETS, check_capability, target_named
 
 METHODS = ("rtn", "rtn-mse", "hqq", "awq", "gptq")
 SCALES_INPUTS = "awq"  # the method that scales what several matrices read
@@ -33,6 +33,7 @@ class Recipe:
     weights: str = "int4"
     method: str = "rtn"
     group_size: int = DEFAULT_GROUP_SIZE
+    asymmetric: bool = False  # each group of codes has a zero point of its own
     kernels: str = "stock"  # never what this machine happens to have: the same recipe gives the same bytes everywhere
     kv: str = "float"  # the KV cache: in the target's float type, or with kernels "corral" in int8 or int4
     calibration: str = "python-library"  # of calibrated methods and fp8: a UTF-8 file, or a text that corral ships
@@ -49,9 +50,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         target, scheme = target_named(self.target), scheme_named(self.weights)
-        if scheme.name not in target.weights:
+        if scheme.name not in target.all_weights:
             raise InputError(
-                f"target {target.name} does not take {scheme.name} weights; it takes {', '.join(target.weights)}."
+                f"target {target.name} does not take {scheme.name} weights; it takes {', '.join(target.all_weights)}."
             )
         if self.method not in METHODS:
             raise InputError(f'method "{self.method}" is not known; expected one of {", ".join(METHODS)}.')
@@ -66,17 +67,27 @@ class Recipe:
             )
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size!r}, expected one of {', '.join(map(str, GROUP_SIZES))}.")
+        if self.asymmetric and not scheme.takes_zero_points:
+            raise InputError(
+                f"asymmetric codes have up to 4 bits, and {scheme.name} weights were asked for. Leave asymmetric out, or say "
+                "it in a rule for matrices of int4."
+            )
+        if self.asymmetric and not target.zero_points:
+            able = ", ".join(other.name for other in TARGETS.values() if other.zero_points)
+            raise InputError(
+                f"the kernels of target {target.name} take no zero points. Leave asymmetric out, or use target {able}."
+            )
         if self.kernels not in target.kernels:
             raise InputError(
                 f'kernels "{self.kernels}" are not known for target {target.name}; expected one of '
                 f"{', '.join(target.kernels)}."
             )
-        if self.kernels == "corral" and scheme.name not in cpu_ops.WEIGHTS:
+        if scheme.name not in target.kernels[self.kernels]:
+            able = [kernels for kernels, schemes in target.kernels.items() if scheme.name in schemes]
             raise InputError(
-                f'kernels "corral" compute {", ".join(cpu_ops.WEIGHTS)} weights, not {scheme.name}. Use --kernels stock.'
+                f'kernels "{self.kernels}" compute {", ".join(target.kernels[self.kernels])} weights, not {scheme.name}. '
+                f"Use --kernels {' or '.join(able)}."
             )
-        if self.kernels == "stock" and scheme.name in ("int3", "int2"):
-            raise InputError(f"ONNX Runtime has no kernels for {scheme.name} weights. Use --kernels corral.")
         if self.kv not in KV_CACHES:
             raise InputError(f'kv "{self.kv}" is not known; expected one of {", ".join(KV_CACHES)}.')
         if self.kv != "float" and self.kernels != "corral":
@@ -124,8 +135,11 @@ class Recipe:
         changes = rule.changes()
         if "weights" in changes and not scheme_named(changes["weights"]).takes_methods:
             changes["method"] = "rtn"  # which is no method: nothing is rounded, or number by number
+        if "weights" in changes and not scheme_named(changes["weights"]).takes_zero_points:
+            changes = {"asymmetric": False} | changes
         # Where corral has no kernels for a matrix, those of ONNX Runtime compute it, or the lowering refuses.
-        kernels = self.kernels if changes.get("weights", self.weights) in cpu_ops.WEIGHTS else "stock"
+        able = target_named(self.target).kernels[self.kernels]
+        kernels = self.kernels if changes.get("weights", self.weights) in able else "stock"
         # The KV cache is no matrix's concern.
         return dataclasses.replace(self, rules=(), kv="float", **{"kernels": kernels, **changes})
 
@@ -203,12 +217,11 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
 
 def rules_toml(rules: Sequence[Mapping[str, Any]], remarks: Sequence[str] = ()) -> str:
     """Rules as a TOML array, one a line, each with its remark where there are any."""
-    lines = []
-    for i, rule in enumerate(rules):
-        remark = remarks[i] if i < len(remarks) else ""
-        pairs = ", ".join(f"{key} = {_toml(value)}" for key, value in rule.items())
-        lines.append(f"  {{ {pairs} }}," + (f"  # {remark}" if remark else ""))
-    return "\n".join(["rules = [", *lines, "]", ""])
+    tables = [", ".join(f"{key} = {_toml(value)}" for key, value in rule.items()) for rule in rules]
+    lines = [f"  {{ {table} }}," for table in tables]
+    width = max(map(len, lines), default=0)
+    remarked = [f"{line:{width}}  # {remark}" for line, remark in zip(lines, remarks, strict=False)]
+    return "\n".join(["rules = [", *remarked, *lines[len(remarked) :], "]", ""])
 
 
 def _toml(value: str | int | bool) -> str:

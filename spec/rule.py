@@ -9,7 +9,7 @@ from typing import Any
 
 from corral.spec.errors import InputError
 
-KEYS = {"matrices": str, "weights": str, "group_size": int, "method": str}
+KEYS = {"matrices": str, "weights": str, "group_size": int, "asymmetric": bool, "method": str}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Rule:
     matrices: str
     weights: str | None = None
     group_size: int | None = None
+    asymmetric: bool | None = None
     method: str | None = None
 
     def matches(self, weight: str) -> bool:

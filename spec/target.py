@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from corral.spec import cpu_ops
 from corral.spec.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One place to run. `weights` names the schemes its lowering supports; `requires` the packages of the runtime.
+    """One place to run. `weights` names the schemes that the backend's own kernels take, `corral_weights` those that
+    corral's CPU kernels take there; `requires` the packages of the runtime.
 
     A target with an `engine` compiles its graph once more, into engines for the compute capabilities of
     `capabilities`, each with the schemes that such a device takes.
@@ -21,14 +23,23 @@ class Target:
     weights: tuple[str, ...]
     requires: tuple[tuple[str, str], ...]  # (distribution, minimum version)
     opset: int  # of the default ONNX domain
-    kernels: tuple[str, ...] = (
-        "stock",
-    )  # "stock": the backend's own; "corral": also corral's CPU kernels, for `cpu_ops.WEIGHTS`
+    corral_weights: tuple[str, ...] = ()
     kv_dtype: str = "float32"  # of the caches
+    zero_points: bool = False  # whether its lowering takes asymmetric codes
     wide_batches: bool = False  # whether a step may have several sequences of several tokens each, with a past
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """What a recipe may name to compute quantized weights -> the schemes that it takes."""
+        return {"stock": self.weights} | ({"corral": self.corral_weights} if self.corral_weights else {})
+
+    @property
+    def all_weights(self) -> tuple[str, ...]:
+        """Every scheme that some of its kernels take."""
+        return tuple(dict.fromkeys(scheme for schemes in self.kernels.values() for scheme in schemes))
 
 
 # What TensorRT for RTX 1.7 builds for, as tried: 7.5 refuses int4 and float32 matrix products, 9.0 and 10.x it lacks.
@@ -53,15 +64,17 @@ TARGETS = {
             weights=("fp32", "int8", "int4"),
             requires=(("onnxruntime", "1.31"),),
             opset=24,
+            zero_points=True,
             wide_batches=True,
         ),
         Target(
             name="cpu",
             description="ONNX Runtime's CPU kernels: QMoE, MatMulNBits, GroupQueryAttention on shared caches",
-            weights=("fp32", "int8", "int4", "int3", "int2"),
+            weights=("fp32", "int8", "int4"),
+            corral_weights=cpu_ops.WEIGHTS,
             requires=(("onnxruntime", "1.31"),),
             opset=24,
-            kernels=("stock", "corral"),
+            zero_points=True,
         ),
         Target(
             name="cuda",

@@ -9,14 +9,14 @@ from corral.tune.parts import Part
 from corral.tune.select import Limit
 from corral.tune.sensitivity import Meter
 from corral.tune.sizes import Sizes
-from corral.tune.speed import Speed
+from corral.tune.speed import Speeds
 from corral.tune.tuned import Budget
 
 SMALLEST = Choice(weights="int4", group_size=32, method="rtn")
 
 
-def limit_of(budget: Budget, parts: Sequence[Part], meter: Meter, sizes: Sizes, speed: Speed | None) -> Limit:
-    """A limit on divergence: the fewest bytes within it. On bytes, or on what a token reads: the least divergence."""
+def limit_of(budget: Budget, parts: Sequence[Part], meter: Meter, sizes: Sizes, speeds: Speeds | None) -> Limit:
+    """A limit on divergence: the fewest bytes within it. On bytes, or on the time of a token: the least divergence."""
     if budget.what == "kl":
         return Limit(
             load=lambda one: one.kl,
@@ -35,12 +35,11 @@ def limit_of(budget: Budget, parts: Sequence[Part], meter: Meter, sizes: Sizes, 
             limit=budget.limit,
             loads_limit=budget.limit - rest,
         )
-    assert speed is not None
-    read = speed.most_read(budget.limit)
+    assert speeds is not None
     return Limit(
-        load=lambda one: one.bytes * sizes.share_read(one.part),
+        load=lambda one: speeds.foretold(one.part, one.choice.storage),
         value=lambda one: one.kl,
-        whole=sizes.read,
-        limit=read,
-        loads_limit=read,
+        whole=speeds.seconds,
+        limit=1 / budget.limit,
+        loads_limit=1 / budget.limit,
     )

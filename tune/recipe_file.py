@@ -27,21 +27,22 @@ def as_recipe(recipe: Recipe, chosen: Mapping[Part, Choice]) -> Recipe:
         if not alike:
             continue
         usual = _most_frequent(alike.values())
-        if usual != base and len(alike) > 1:
+        if list(alike.values()).count(usual) == 1:
+            usual = base  # a line for all of a kind that holds for one says nothing
+        if usual != base:
             rules.append(_rule(kind, usual))
-        before = usual if len(alike) > 1 else base
-        rules += [_rule(part.pattern, choice) for part, choice in alike.items() if choice != before]
+        rules += [_rule(part.pattern, choice) for part, choice in alike.items() if choice != usual]
     tables = [(part, choice) for part, choice in chosen.items() if part.is_table]
     rules += [_rule(part.pattern, choice) for part, choice in tables if scheme_named(choice.weights).is_quantized]
     return dataclasses.replace(recipe, **dataclasses.asdict(base), rules=tuple(rules))
 
 
-def recipe_text(recipe: Recipe, *, head: Sequence[str], remarks: Sequence[str]) -> str:
-    """TOML, with `head` as comments before and one of `remarks` behind each rule."""
+def recipe_text(recipe: Recipe, *, head: Sequence[str], rest: str, remarks: Sequence[str]) -> str:
+    """TOML, with `head` as comments before, `rest` (of what no rule names) before the rules, and a remark behind each."""
     rules = recipe.to_json()["rules"]
     comments = "".join(f"# {line}\n" for line in head)
     keys = dataclasses.replace(recipe, rules=()).to_toml()
-    return comments + keys + (rules_toml(rules, remarks) if rules else "")
+    return f"{comments}\n{keys}\n# {rest}\n" + (rules_toml(rules, remarks) if rules else "")
 
 
 def _rule(pattern: str, choice: Choice) -> Rule:

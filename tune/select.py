@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from corral.tune.choice import Choice
+from corral.tune.choice import Choice, Storage
 from corral.tune.knapsack import choose
 from corral.tune.parts import Part
 from corral.tune.tuned import Tried
@@ -33,6 +33,7 @@ def select(tried: Sequence[Tried], within: Limit) -> list[Tried] | None:
     """One choice a part, of the least total value; None where none was found within the limit.
 
     Where the whole weighs more or less than the sum of its parts says, the sum's limit is corrected and it is chosen again.
+    Where nothing so chosen keeps the limit, the lightest of all may.
     """
     options, limit = _best_methods(tried), within.loads_limit
     best: list[Tried] | None = None
@@ -55,7 +56,13 @@ def select(tried: Sequence[Tried], within: Limit) -> list[Tried] | None:
         if weight <= 0 or (kept and weight >= ENOUGH * within.limit):
             break
         limit *= within.limit / weight * (1 if kept else BELOW)
-    return best
+    least = lightest(tried, within)
+    return best or (least if within.whole({one.part: one.choice for one in least}) <= within.limit else None)
+
+
+def lightest(tried: Sequence[Tried], within: Limit) -> list[Tried]:
+    """Of each part the choice that weighs least."""
+    return [min(ways, key=lambda one: (within.load(one), within.value(one))) for ways in _best_methods(tried)]
 
 
 def _total(within: Limit, chosen: Sequence[Tried]) -> float:
@@ -64,9 +71,9 @@ def _total(within: Limit, chosen: Sequence[Tried]) -> float:
 
 def _best_methods(tried: Sequence[Tried]) -> list[list[Tried]]:
     """For each part and storage the method of least divergence: all methods' bytes are the same."""
-    best: dict[Part, dict[tuple[str, int], Tried]] = {}
+    best: dict[Part, dict[Storage, Tried]] = {}
     for one in tried:
-        ways, storage = best.setdefault(one.part, {}), (one.choice.weights, one.choice.group_size)
+        ways, storage = best.setdefault(one.part, {}), one.choice.storage
         if storage not in ways or one.kl < ways[storage].kl:
             ways[storage] = one
     return [list(ways.values()) for ways in best.values()]

@@ -1,4 +1,4 @@
-"""How many bytes a choice takes: of one part by formula, of a whole bundle counted in its plan, of one token's reading."""
+"""How many bytes a choice takes: of one part by formula, of a whole bundle counted in its plan."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from corral.exporter.export import Exported, export
 from corral.graphs.bundle_size import bundle_bytes
 from corral.graphs.calibrate.streamed_model import pieces_of
 from corral.graphs.compiler import lower
+from corral.graphs.quantize.embedding_table import TABLE_WEIGHTS
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.quant_scheme import scheme_named
 from corral.spec.recipe import Recipe
+from corral.spec.target import target_named
 from corral.spec.weight_plan import ITEM_BITS
-from corral.tune.choice import Choice
+from corral.tune.choice import Choice, Storage
 from corral.tune.parts import Part
 from corral.tune.recipe_file import as_recipe
 
-Storage = tuple[str, int]  # weights, group size
 SCALE_BITS, TILED_SCALE_BITS = 32, 16  # the second where corral's kernels compute
 
 
@@ -40,20 +41,25 @@ class Sizes:
             per_weight = float(ITEM_BITS[embedding_entry(self.checkpoint).dtype if part.is_table else "float32"])
         else:
             per_weight = bits + (TILED_SCALE_BITS if tiled else SCALE_BITS) / group
-        pieces = (piece for name in part.parameters for piece in pieces_of(self.checkpoint, name))
-        return int(sum(math.prod(piece.shape) for piece in pieces) * per_weight) // 8
+        return int(self._weights(part) * per_weight) // 8
 
     def fits(self, part: Part, storage: Storage) -> bool:
-        """Whether the group size divides the inputs of all of a part's matrices, and there are kernels for it."""
+        """Whether the group size divides the inputs of all of a part's matrices, and something computes such weights."""
         weights, group = storage
-        if self.recipe.kernels == "corral" and part.is_experts and not scheme_named(weights).is_quantized:
+        kernels = target_named(self.recipe.target).kernels
+        if part.is_table:
+            able: tuple[str, ...] = ("fp32", *TABLE_WEIGHTS)  # the first: as published
+        else:
+            # Where corral has no kernels for a matrix, ONNX Runtime's compute it; experts cannot be divided so.
+            able = kernels[self.recipe.kernels] + (() if part.is_experts else kernels["stock"])
+        if weights not in able:
             return False
         inputs = (pieces_of(self.checkpoint, name)[0].shape[-1] for name in part.parameters)
         return not scheme_named(weights).is_quantized or all(count % group == 0 for count in inputs)
 
     def parts(self, chosen: Mapping[Part, Choice]) -> int:
         """All parts as they are chosen."""
-        return sum(self.stored(part, (choice.weights, choice.group_size)) for part, choice in chosen.items())
+        return sum(self.stored(part, choice.storage) for part, choice in chosen.items())
 
     def bundle(self, chosen: Mapping[Part, Choice]) -> int:
         """The bundle of such a choice, to the byte: lowers the checkpoint, whose graph is captured once for all choices."""
@@ -64,16 +70,13 @@ class Sizes:
     def _captured(self) -> Exported:
         return export(self.checkpoint)
 
-    def read(self, chosen: Mapping[Part, Choice]) -> float:
-        """What one token reads of the parts: of experts, those that it visits."""
-        return sum(
-            self.stored(part, (choice.weights, choice.group_size)) * self.share_read(part)
-            for part, choice in chosen.items()
-        )
-
-    def share_read(self, part: Part) -> float:
-        """Of a part's bytes, those that one token reads."""
+    def visited(self, part: Part) -> float:
+        """How many of a part's weights one token is multiplied with: of routed experts, those of the experts it visits."""
         config = self.checkpoint.config
         if part.is_table:
-            return 0.0  # but for a row
-        return config.num_experts_per_tok / config.num_local_experts if part.is_experts else 1.0
+            return 0.0  # a row is looked up
+        share = config.num_experts_per_tok / config.num_local_experts if part.is_experts else 1.0
+        return self._weights(part) * share
+
+    def _weights(self, part: Part) -> int:
+        return sum(math.prod(piece.shape) for name in part.parameters for piece in pieces_of(self.checkpoint, name))

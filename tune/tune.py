@@ -19,19 +19,19 @@ from corral.model.checkpoint import open_checkpoint
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.spec.errors import InputError
 from corral.spec.progress import Progress, silent
-from corral.spec.quant_scheme import GROUP_SIZES, scheme_named
 from corral.spec.recipe import Recipe
-from corral.spec.rule import Rule
 from corral.spec.target import target_named
-from corral.tune.choice import METHODS_TRIED, Choice
+from corral.tune.choice import METHODS_TRIED, STORAGES, Choice
 from corral.tune.limits import limit_of
 from corral.tune.parts import Part, parts_of
 from corral.tune.recipe_file import as_recipe
-from corral.tune.select import select
+from corral.tune.select import lightest, select
 from corral.tune.sensitivity import Meter
-from corral.tune.sizes import Sizes, Storage
-from corral.tune.speed import measure_speed
+from corral.tune.sizes import Sizes
+from corral.tune.speed import Speeds
+from corral.tune.timer import BuildTimer, Timer
 from corral.tune.tuned import Budget, Tried, Tuned
+from corral.validate.latency import PROMPT_TOKENS
 
 TOKENS = 8192  # on which divergence is measured
 
@@ -43,13 +43,15 @@ def tune(
     *,
     tokens: int = TOKENS,
     threads: int | None = None,
+    timer: Timer | None = None,
     progress: Progress = silent,
 ) -> Tuned:
     """Choose weights, group size and method of every part of a checkpoint; `recipe` says the rest: target, kernels, text.
 
     Divergence is measured on the `tokens` of the recipe's text that follow those it calibrates on. It is that of the
-    weights: activations are float32. Memory: `corral.tune.sensitivity.Meter`. Raises InputError for a checkpoint that is
-    quantized already, for a text that is too short, and where no choice keeps the budget.
+    weights: activations are float32. Memory: `corral.tune.sensitivity.Meter`. Speed is what `timer` says, or builds that are
+    compiled and timed here. Raises InputError for a checkpoint that is quantized already, for a text that is too short, and
+    where no choice keeps the budget.
     """
     if target_named(recipe.target).engine:
         raise InputError(
@@ -60,40 +62,41 @@ def tune(
     parts = parts_of(source.config, source.names)
     _check_floats(source, parts)
     calibrated, held_out, recipe, text = _texts(source, recipe, tokens)
-    storages, sizes = _storages(recipe), Sizes(source, recipe)
-    speed = None
+    sizes, speeds = Sizes(source, recipe), None
     if budget.what == "tokens-per-second":
-        speed = measure_speed(Path(checkpoint), recipe, sizes, parts, threads=threads, progress=progress)
+        prompt = held_out[0, :PROMPT_TOKENS].tolist()
+        how = {"prompt": prompt, "threads": threads, "progress": progress}
+        speeds = Speeds(sizes, parts, timer or BuildTimer(checkpoint=Path(checkpoint), recipe=recipe, **how))
+        speeds.check(budget)
     with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
         statistics = statistics_of(source, Path(scratch), "tune")
         gather(source, calibrated, statistics, products="whole", progress=progress)
         meter = Meter(source, statistics, held_out)
-        within = limit_of(budget, parts, meter, sizes, speed)
-        tried = _try_all(meter, sizes, parts, storages, progress)
+        within = limit_of(budget, parts, meter, sizes, speeds)
+        tried = _try_all(meter, sizes, parts, progress)
         progress("choose", 0, 0, "")
         chosen = select(tried, within)
         if chosen is None:
+            least = budget.amount(within.whole({one.part: one.choice for one in lightest(tried, within)}))
             raise InputError(
-                f"no choice of weights keeps a {budget.what} budget of {budget.limit:g}. Give more room; `corral tune --json` "
-                "with a generous budget shows what each part costs in each storage."
+                f"no choice of weights takes {budget}: the least that was found takes {least}. Give more room."
             )
         choices = {one.part: one.choice for one in chosen}
         kl = meter.divergence(choices)
     return Tuned(
+        budget=budget,
         recipe=as_recipe(recipe, choices),
         chosen=tuple(chosen),
         tried=tuple(tried),
         kl=kl,
         bytes=sizes.bundle(choices),
-        tokens_per_second=speed.tokens_per_second(sizes.read(choices)) if speed else None,
+        tokens_per_second=speeds.timed_again(choices) if speeds else None,
         tokens=held_out.size,
         text=text.name,
     )
 
 
-def _try_all(
-    meter: Meter, sizes: Sizes, parts: Sequence[Part], storages: Sequence[Storage], progress: Progress
-) -> list[Tried]:
+def _try_all(meter: Meter, sizes: Sizes, parts: Sequence[Part], progress: Progress) -> list[Tried]:
     """Every part in every storage that fits it, in the order of the layers.
 
     Which method is best is tried at the largest group, where they differ most, and taken for the others.
@@ -103,7 +106,7 @@ def _try_all(
         progress("measure", done, len(parts), "parts")
         for weights, methods in METHODS_TRIED.items():
             methods = tuple(one for one in methods if not (part.is_table and METHODS[one].calibrated))
-            for storage in reversed([one for one in storages if one[0] == weights and sizes.fits(part, one)]):
+            for storage in reversed([one for one in STORAGES if one[0] == weights and sizes.fits(part, one)]):
                 found = []
                 for method in methods:
                     choice = Choice(weights=weights, group_size=storage[1], method=method)
@@ -129,23 +132,6 @@ def _texts(
         )
     ids = text.ids[:-measured]
     return ids, text.ids[-measured:], dataclasses.replace(recipe, calibration_tokens=ids.size), text
-
-
-def _storages(recipe: Recipe) -> tuple[Storage, ...]:
-    """All that the recipe's target and kernels take, in rising order of group size."""
-
-    def takes(weights: str) -> bool:
-        try:
-            dataclasses.replace(recipe, rules=(Rule(matrices="*", weights=weights, method="rtn"),))
-        except InputError:
-            return False
-        return True
-
-    return tuple(
-        (weights, group)
-        for weights in filter(takes, METHODS_TRIED)
-        for group in (GROUP_SIZES if scheme_named(weights).is_quantized else GROUP_SIZES[-1:])
-    )
 
 
 def _check_floats(checkpoint: Checkpoint, parts: Sequence[Part]) -> None:

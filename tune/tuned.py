@@ -9,6 +9,9 @@ from typing import Any, Literal
 from corral.spec.recipe import Recipe
 from corral.tune.choice import Choice
 from corral.tune.parts import Part
+from corral.validate.statistics import Spread
+
+UNITS = {"kl": "nats a token", "size": "bytes", "tokens-per-second": "tokens a second"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,21 @@ class Budget:
 
     what: Literal["kl", "size", "tokens-per-second"]
     limit: float
+
+    def __str__(self) -> str:
+        return f"at {'least' if self.what == 'tokens-per-second' else 'most'} {self.amount(self.limit)}"
+
+    def amount(self, number: float) -> str:
+        """A number of what is limited, with its unit."""
+        return f"{self._digits(number)} {UNITS[self.what]}"
+
+    def repeated(self, measured: Spread) -> str:
+        """A repeated measurement of what is limited: its median, and between what and what."""
+        low, high = self._digits(measured.min), self._digits(measured.max)
+        return f"{self.amount(measured.median)} ({low} to {high} in {measured.n} runs)"
+
+    def _digits(self, number: float) -> str:
+        return f"{number:,.0f}" if number >= 100 or self.what == "size" else f"{number:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +55,13 @@ class Tried:
 class Tuned:
     """What was chosen, on what grounds."""
 
+    budget: Budget
     recipe: Recipe
     chosen: tuple[Tried, ...]  # one a part
     tried: tuple[Tried, ...]
     kl: float  # of all that was chosen together, measured
     bytes: int  # of the bundle
-    tokens_per_second: float | None  # estimated, where asked for
+    tokens_per_second: Spread | None  # where asked for: timed once more when it was chosen
     tokens: int  # that divergence was measured on
     text: str
 
@@ -53,5 +72,6 @@ class Tuned:
 
     def to_json(self) -> dict[str, Any]:
         rows = {name: [tried.to_json() for tried in getattr(self, name)] for name in ("chosen", "tried")}
-        numbers = {name: getattr(self, name) for name in ("kl", "bytes", "tokens_per_second", "tokens", "text")}
+        numbers = {name: getattr(self, name) for name in ("kl", "bytes", "tokens", "text")}
+        numbers["tokens_per_second"] = dataclasses.asdict(self.tokens_per_second) if self.tokens_per_second else None
         return {"recipe": self.recipe.to_json(), **numbers, "kl_sum_of_parts": self.sum_of_parts, **rows}

@@ -18,7 +18,7 @@ from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.manifest import CalibrationRecord, FallbackRecord
 from corral.spec.model_config import ModelConfig
 from corral.spec.progress import Progress, silent
-from corral.spec.quant_scheme import GROUP_SIZES
+from corral.spec.quant_scheme import GROUP_SIZES, in_words
 from corral.spec.recipe import Recipe
 
 
@@ -42,7 +42,7 @@ def _settings(recipe: Recipe) -> str:
     if not METHODS[recipe.method].rescales:
         return _products(recipe)
     rules = "".join(f" {rule}" for rule in recipe.rules)
-    return f"{recipe.method} {recipe.weights} {recipe.group_size}{rules}"
+    return f"{recipe.method} {in_words(recipe.weights, recipe.group_size, recipe.asymmetric)}{rules}"
 
 
 def _products(recipe: Recipe) -> Products:

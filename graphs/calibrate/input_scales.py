@@ -116,7 +116,14 @@ class _Search:
             assert bits is not None
             blocks = self.statistics.inputs(input_site(name), expert)["blocks"]
             for weight in self._matrix(name, expert):
-                losses += alpha_losses(weight, magnitude, blocks, bits=bits, group_size=recipe.group_size)
+                losses += alpha_losses(
+                    weight,
+                    magnitude,
+                    blocks,
+                    bits=bits,
+                    group_size=recipe.group_size,
+                    asymmetric=recipe.asymmetric,
+                )
         return input_scales(magnitude, ALPHAS[int(losses.argmin())])
 
     def _kept(self, name: str) -> bool:

@@ -14,10 +14,10 @@ from corral.graphs.quantize.e4m3 import e4m3, gains, input_scale
 from corral.graphs.quantize.fragments import fragment_scales, pack_fragments
 from corral.graphs.quantize.gptq import gptq
 from corral.graphs.quantize.hqq import hqq
-from corral.graphs.quantize.pack import pack_columns, pack_rows, pack_signed_rows
+from corral.graphs.quantize.pack import pack_columns, pack_rows, pack_signed_rows, pack_zero_rows
 from corral.graphs.quantize.rtn import rtn
 from corral.graphs.quantize.rtn_mse import rtn_mse
-from corral.graphs.quantize.tiles import tile_codes, tile_scales
+from corral.graphs.quantize.tiles import tile_codes, tile_scales, tile_zeros
 from corral.spec.errors import InputError
 
 NUMPY_TYPE: dict[str, Any] = {
@@ -54,12 +54,16 @@ def take(array: NDArray[np.generic], *, axis: int, start: int, stop: int) -> NDA
     return array[start:stop] if axis == 0 else array[:, start:stop]
 
 
-def as_published(stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int) -> Mapping[str, NDArray[Any]]:
+def as_published(
+    stored: Mapping[str, NDArray[Any]], *, bits: int, group_size: int, asymmetric: bool = False
+) -> Mapping[str, NDArray[Any]]:
     """Codes and scales as the checkpoint has them, in the form that quantizers give: unsigned codes of `bits`, uint8
-    [outputs, inputs], and float32 scales [outputs, inputs / group_size]."""
+    [outputs, inputs], float32 scales [outputs, inputs / group_size], and with `asymmetric` zeros, uint8, alike."""
     rows, columns = stored["codes"].shape
     if stored["scales"].shape != (rows, columns // group_size) or columns % group_size or bits != 4:
         raise AssertionError(f"codes {rows} x {columns}, scales {stored['scales'].shape}: not int{bits} g{group_size}")
+    if ("zeros" in stored) != asymmetric:
+        raise AssertionError(f"asymmetric is {asymmetric}, and the checkpoint has {', '.join(stored)}")
     return stored
 
 
@@ -79,9 +83,11 @@ STEPS: dict[str, Callable[..., Any]] = {
     "take": take,
     "pack_rows": pack_rows,
     "pack_signed_rows": pack_signed_rows,
+    "pack_zero_rows": pack_zero_rows,
     "pack_columns": pack_columns,
     "tile_codes": tile_codes,
     "tile_scales": tile_scales,
+    "tile_zeros": tile_zeros,
     "pack_fragments": pack_fragments,
     "fragment_scales": fragment_scales,
 }

@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corral.graphs.quantize.rtn_mse import CLIP_RATIOS, encode, nearest_codes, row_blocks, rtn_mse, search_scales
+from corral.graphs.quantize.rtn_mse import (
+    CLIP_RATIOS,
+    Grid,
+    clipped_ranges,
+    decode,
+    encoded,
+    nearest_codes,
+    row_blocks,
+    rtn_mse,
+    search_grid,
+    zeros_of,
+)
 
 # Of a site's inputs: 0 scales nothing; more than this hurts the weak ones.
 ALPHAS = tuple(0.1 * i for i in range(10))
@@ -36,6 +47,7 @@ def awq(
     *,
     bits: int,
     group_size: int,
+    asymmetric: bool = False,
     min_tokens: int,
     statistics: Mapping[str, NDArray[Any]],
 ) -> dict[str, NDArray[Any]]:
@@ -46,12 +58,11 @@ def awq(
     """
     scaled = rescale(weight, statistics=statistics)
     if statistics["tokens"].item() < min_tokens:
-        return rtn_mse(scaled, bits=bits, group_size=group_size)
+        return rtn_mse(scaled, bits=bits, group_size=group_size, asymmetric=asymmetric)
     blocks = group_blocks(statistics["blocks"], group_size)
     if "input_scales" in statistics:
         blocks = unscaled(blocks, statistics["input_scales"])
-    scales = search_clipped(scaled, blocks, bits=bits)
-    return {"codes": encode(scaled, scales, bits=bits), "scales": scales}
+    return encoded(scaled, search_clipped(scaled, blocks, bits=bits, asymmetric=asymmetric), bits=bits)
 
 
 def group_blocks(blocks: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:
@@ -75,29 +86,37 @@ def search_clipped(
     blocks: NDArray[np.float32],
     *,
     bits: int,
+    asymmetric: bool = False,
     ratios: tuple[float, ...] = CLIP_RATIOS,
-) -> NDArray[np.float32]:
-    """Scales [outputs, groups] of least r H r^T over clip ratios, r a group's rounding error and H its block, damped."""
+) -> Grid:
+    """Grids [outputs, groups] of least r H r^T over clip ratios, r a group's rounding error and H its block, damped."""
     size = blocks.shape[1]
     strength = blocks.diagonal(axis1=1, axis2=2)
     damped = blocks + np.eye(size, dtype=np.float32) * (DAMPING * strength.mean() or 1.0)
     scales = np.empty((len(weight), len(blocks)), np.float32)
+    zeros = np.empty(scales.shape, np.uint8) if asymmetric else None
     for block in row_blocks(*weight.shape):
         groups = np.ascontiguousarray(
             weight[block].reshape(-1, *blocks.shape[:2]).swapaxes(0, 1)
         )  # [groups, rows, size]
         extreme = np.abs(groups).max(axis=2)
-        widest = np.where(extreme > 0, extreme / np.float32((1 << (bits - 1)) - 1), 1)
-        widest = np.maximum(widest, np.finfo(np.float32).tiny).astype(np.float32)
-        best, least = widest, np.full(extreme.shape, np.inf, np.float32)
-        for ratio in ratios:
-            scale = np.maximum(widest * np.float32(ratio), np.finfo(np.float32).tiny)
-            error = nearest_codes(groups, scale[..., None], bits) * scale[..., None] - groups
+        widest = np.where(extreme > 0, extreme / np.float32((1 << (bits - 1)) - 1), 1).astype(np.float32)
+        middle = zeros_of(None, widest, bits)
+        candidates = [(widest * np.float32(ratio), middle) for ratio in ratios]
+        if asymmetric:
+            candidates += clipped_ranges(groups, bits, ratios)
+        best, least = candidates[0], np.full(extreme.shape, np.inf, np.float32)
+        for scale, zero in candidates:
+            scale = np.maximum(scale, np.finfo(np.float32).tiny)
+            error = nearest_codes(groups, scale[..., None], bits, zero[..., None]) * scale[..., None] - groups
             loss = np.einsum("gri,gri->gr", error @ damped, error)
             better = loss < least
-            best, least = np.where(better, scale, best), np.where(better, loss, least)
-        scales[block] = np.where(extreme > 0, best, 1).T
-    return scales
+            best = np.where(better, scale, best[0]), np.where(better, zero, best[1])
+            least = np.where(better, loss, least)
+        scales[block] = np.where(extreme > 0, best[0], 1).T
+        if zeros is not None:
+            zeros[block] = np.where(extreme > 0, best[1], middle).T
+    return scales, zeros
 
 
 def input_scales(magnitude: NDArray[np.float64], alpha: float) -> NDArray[np.float32]:
@@ -116,6 +135,7 @@ def alpha_losses(
     *,
     bits: int,
     group_size: int,
+    asymmetric: bool = False,
 ) -> NDArray[np.float64]:
     """For each of ALPHAS, the squared error of a matrix's product with its inputs, group by group; `blocks` as gathered."""
     parts, losses = group_blocks(blocks, group_size), []
@@ -123,9 +143,10 @@ def alpha_losses(
         scale = input_scales(magnitude, alpha)
         scaled, part = weight * scale, unscaled(parts, scale)
         importance = part.diagonal(axis1=1, axis2=2).reshape(-1)
-        found = search_scales(scaled, bits=bits, group_size=group_size, importance=importance, ratios=SEARCH_RATIOS)
-        codes = encode(scaled, found, bits=bits).astype(np.float32) - (1 << (bits - 1))
-        error = codes.reshape(*found.shape, -1) * found[..., None] - scaled.reshape(*found.shape, -1)
-        by_group = np.ascontiguousarray(error.swapaxes(0, 1))
+        found = search_grid(
+            scaled, bits=bits, group_size=group_size, asymmetric=asymmetric, importance=importance, ratios=SEARCH_RATIOS
+        )
+        error = decode(**encoded(scaled, found, bits=bits), bits=bits) - scaled
+        by_group = np.ascontiguousarray(error.reshape(len(error), *part.shape[:2]).swapaxes(0, 1))
         losses.append(float(np.einsum("gri,gri->", by_group @ part, by_group, dtype=np.float64)))
     return np.array(losses)

@@ -16,6 +16,7 @@ from corral.spec.quant_scheme import scheme_named
 from corral.spec.recipe import Recipe
 from corral.spec.weight_plan import Entry, step
 
+TABLE_WEIGHTS = ("int8", "int4")  # that the runtime reads a row of
 SEARCHED = "rtn-mse"  # in place of calibrated methods: a table has no inputs whose statistics could say anything
 
 
@@ -47,9 +48,14 @@ def quantize_embedding(work: ModelAndPlan, entry: Entry) -> bool:
 
 
 def _check(entry: Entry, recipe: Recipe, hidden: int) -> None:
-    if scheme_named(recipe.weights).is_float:
+    if recipe.weights not in TABLE_WEIGHTS:
         raise InputError(
-            f"a rule asks for {recipe.weights} embeddings; a table is stored in int8, int4 or as published."
+            f"a rule asks for {recipe.weights} embeddings; a table is stored in {', '.join(TABLE_WEIGHTS)} or as published."
+        )
+    if recipe.asymmetric:
+        raise InputError(
+            "asymmetric codes were asked for, and the embedding table has no zero points. Say asymmetric = false in the rule "
+            f"for {EMBEDDING.removesuffix('.weight')}."
         )
     if hidden % recipe.group_size:
         raise InputError(f"group size {recipe.group_size} does not divide the {hidden} numbers of an embedding.")

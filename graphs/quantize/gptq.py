@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corral.graphs.quantize.rtn_mse import rtn_mse, search_scales
+from corral.graphs.quantize.rtn_mse import Grid, rtn_mse, search_grid, stored_grid, zeros_of
 
 BLOCK = 128  # columns whose errors are put off, and then applied to all later ones as one product
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: inputs that hardly vary have no exact answer
@@ -29,6 +29,7 @@ def gptq(
     *,
     bits: int,
     group_size: int,
+    asymmetric: bool = False,
     min_tokens: int,
     statistics: Mapping[str, NDArray[Any]],
     act_order: bool = True,
@@ -40,42 +41,44 @@ def gptq(
     it is the same bytes wherever it runs.
     """
     if statistics["tokens"].item() < min_tokens:
-        return rtn_mse(weight, bits=bits, group_size=group_size)
+        return rtn_mse(weight, bits=bits, group_size=group_size, asymmetric=asymmetric)
     with _one_thread():
         hessian = _hessian(statistics)
         importance = hessian.diagonal() + _damping(hessian)
-        scales = search_scales(weight, bits=bits, group_size=group_size, importance=importance)
-        codes = _round(weight, scales, hessian, bits=bits, act_order=act_order)
-    return {"codes": codes, "scales": scales}
+        grid = search_grid(weight, bits=bits, group_size=group_size, asymmetric=asymmetric, importance=importance)
+        codes = _round(weight, grid, hessian, bits=bits, act_order=act_order)
+    return {"codes": codes} | stored_grid(grid)
 
 
 def _round(
     weight: NDArray[np.float32],
-    scales: NDArray[np.float32],
+    grid: Grid,
     hessian: NDArray[np.float32],
     *,
     bits: int,
     act_order: bool,
 ) -> NDArray[np.uint8]:
-    """Codes [outputs, inputs] for given scales."""
-    inputs = weight.shape[1]
+    """Codes [outputs, inputs] on a given grid."""
+    (scales, zeros), inputs = grid, weight.shape[1]
     order = np.argsort(-hessian.diagonal(), kind="stable") if act_order else np.arange(inputs)
     group_of = order // (inputs // scales.shape[1])
     upper = _inverse_factor(hessian, order).float()
     left = torch.from_numpy(weight.T[order])  # [inputs, outputs], in the order of rounding; a copy
-    scale_of = torch.from_numpy(np.ascontiguousarray(scales.T))
+    scale_of, zero_of = (
+        torch.from_numpy(np.ascontiguousarray(array.T)) for array in (scales, zeros_of(zeros, scales, bits))
+    )
     codes = np.empty((inputs, weight.shape[0]), np.uint8)
-    zero_point = 1 << (bits - 1)
+    top = (1 << bits) - 1
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
         errors = torch.empty(stop - start, weight.shape[0])
         for j in range(start, stop):
-            scale = scale_of[group_of[j]]
-            code = torch.round(left[j] / scale).clamp_(-zero_point, zero_point - 1)
+            scale, zero = scale_of[group_of[j]], zero_of[group_of[j]]
+            code = torch.round(left[j] / scale).clamp_(-zero, top - zero)
             error = (left[j] - code * scale) / upper[j, j]
             left[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
             errors[j - start] = error
-            codes[order[j]] = (code + zero_point).to(torch.uint8).numpy()
+            codes[order[j]] = (code + zero).to(torch.uint8).numpy()
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return np.ascontiguousarray(codes.T)
 

@@ -26,9 +26,12 @@ class Method:
     rescales: bool = False  # inputs are scaled, and what makes them with them
     products: Literal["whole", "blocks", "none"] = "none"
 
-    def arguments(self, bits: int, group_size: int, statistics: str) -> dict[str, int | float | str]:
+    def arguments(
+        self, bits: int, group_size: int, statistics: str, asymmetric: bool = False
+    ) -> dict[str, int | float | str]:
         """The step's literal arguments."""
         scheme: dict[str, int | float | str] = {"bits": bits, "group_size": group_size}
+        scheme |= {"asymmetric": True} if asymmetric else {}
         return scheme | ({"min_tokens": MIN_TOKENS, "statistics": statistics} if self.calibrated else {})
 
 
@@ -45,7 +48,8 @@ CALIBRATED_STEPS = {method.step for method in METHODS.values() if method.calibra
 
 def method_for(published: str, recipe: Recipe) -> Method:
     """The method of a matrix with this recipe (`Recipe.of`). One `published` in just the scheme asked for keeps its codes."""
-    return AS_PUBLISHED if published == in_words(recipe.weights, recipe.group_size) else METHODS[recipe.method]
+    asked = in_words(recipe.weights, recipe.group_size, recipe.asymmetric)
+    return AS_PUBLISHED if published == asked else METHODS[recipe.method]
 
 
 def needs_text(recipe: Recipe) -> bool:

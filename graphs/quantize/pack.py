@@ -24,6 +24,11 @@ def pack_rows(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.uint8]:
     return pack_nibbles(codes) if bits == 4 else codes
 
 
+def pack_zero_rows(zeros: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Zero points [outputs, groups] of 4-bit codes, packed along the groups as the same operators want them: whole bytes."""
+    return pack_nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2))))
+
+
 def pack_signed_rows(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.generic]:
     """Signed codes [outputs, inputs], as ONNX stores INT4 (up to 4 bits) and INT8: two's complement, along the last axis."""
     signed = codes - np.uint8(1 << (bits - 1))  # wraps around, which is two's complement

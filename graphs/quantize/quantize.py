@@ -1,4 +1,5 @@
-"""The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan.
+"""The recipe's quantization as a pass: each big matrix W becomes DequantizeLinear(codes, scales), in graph and plan; with
+asymmetric codes DequantizeLinear(codes, scales, zeros).
 
 FP8 has one scale an output: `fp8_weight.py`.
 
@@ -26,10 +27,11 @@ from corral.spec.weight_plan import Entry, step
 
 # How a checkpoint may store weights -> the options that keep them so.
 KEEPING = {
-    in_words(scheme, group): f"--weights {scheme} --group-size {group}"
+    in_words(scheme, group, asymmetric): f"--weights {scheme} --group-size {group}" + " --asymmetric" * asymmetric
     for scheme in SCHEMES
     for group in GROUP_SIZES
-    if SCHEMES[scheme].takes_methods
+    for asymmetric in (False, True)
+    if SCHEMES[scheme].takes_methods and (SCHEMES[scheme].takes_zero_points or not asymmetric)
 }
 
 
@@ -80,7 +82,7 @@ def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype
         )
     elif entry.published and not recipe.requantize:
         raise _published_otherwise(entry, recipe)
-    name, how = method.step, method.arguments(bits, group, work.statistics)
+    name, how = method.step, method.arguments(bits, group, work.statistics, recipe.asymmetric)
     codes = dataclasses.replace(
         entry.with_layout(step(name, output="codes", **how), step("pack_columns", bits=bits)),
         name=f"{entry.name}.codes",
@@ -96,8 +98,17 @@ def _quantize(work: ModelAndPlan, entry: Entry, recipe: Recipe, bits: int, dtype
         cut=codes.cut,
         cut_multiple=group,
     )
+    zeros = dataclasses.replace(
+        entry.with_layout(step(name, output="zeros", **how), step("pack_columns", bits=bits)),
+        name=f"{entry.name}.zeros",
+        dtype=dtype,
+        shape=scales.shape,
+        parameters=0,
+        cut=codes.cut,
+        cut_multiple=group,
+    )
     weight = work.graph.initializers[entry.name]
-    values = work.replace_weight(entry, codes, scales)
+    values = work.replace_weight(entry, codes, scales, *([zeros] if recipe.asymmetric else []))
     attributes = {"axis": len(entry.shape) - 2, "block_size": group}
     _replace(work, weight, ir.node("DequantizeLinear", values, attributes, metadata_props={SCOPE: entry.name}))
 
@@ -140,8 +151,9 @@ def _replace(work: ModelAndPlan, weight: ir.Value, *nodes: ir.Node) -> None:
 
 def _published_otherwise(entry: Entry, recipe: Recipe) -> InputError:
     keep = f"{KEEPING[entry.published]} to keep its codes as they are, " if entry.published in KEEPING else ""
+    asked = in_words(recipe.weights, recipe.group_size, recipe.asymmetric)
     return InputError(
-        f"the checkpoint stores {entry.weight} quantized already ({entry.published}), and "
-        f"{in_words(recipe.weights, recipe.group_size)} was asked for: that would add a second error to the first. Use "
-        f"{keep}--weights fp32 to store its exact values, or --requantize to quantize it again all the same."
+        f"the checkpoint stores {entry.weight} quantized already ({entry.published}), and {asked} was asked for: that would "
+        f"add a second error to the first. Use {keep}--weights fp32 to store its exact values, or --requantize to quantize "
+        "it again all the same."
     )

@@ -12,19 +12,23 @@ from corral.spec.weight_plan import Entry
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes and scales of one weight, [..., inputs, outputs] and [..., inputs / group_size, outputs]."""
+    """Codes of one weight [..., inputs, outputs], scales [..., inputs / group_size, outputs], and zero points of the scales'
+    shape where codes are asymmetric.
+    """
 
     codes: Entry
     scales: Entry
     bits: int
     group_size: int
     dequantize: ir.Node
+    zeros: Entry | None = None
 
-    def store(self, work: ModelAndPlan, codes: Entry, scales: Entry) -> list[ir.Value]:
-        """Replace both entries by another layout of theirs, in plan and graph; the DequantizeLinear is left unused."""
-        for i in range(2):
+    def store(self, work: ModelAndPlan, codes: Entry, scales: Entry, zeros: Entry | None) -> list[ir.Value]:
+        """Replace the entries by another layout of theirs, in plan and graph; the DequantizeLinear is left unused."""
+        for i in range(len(self.dequantize.inputs)):
             self.dequantize.replace_input_with(i, None)
-        return [*work.replace_weight(self.codes, codes), *work.replace_weight(self.scales, scales)]
+        stored = ((self.codes, codes), (self.scales, scales), (self.zeros, zeros))
+        return [work.replace_weight(old, new)[0] for old, new in stored if old is not None and new is not None]
 
 
 def find_quantized(work: ModelAndPlan, value: ir.Value | None) -> QuantizedWeight | None:
@@ -36,4 +40,5 @@ def find_quantized(work: ModelAndPlan, value: ir.Value | None) -> QuantizedWeigh
     if codes is None or scales is None:
         return None
     quantizer = dict(next(step for step in codes.steps if step.output).args)
-    return QuantizedWeight(codes, scales, int(quantizer["bits"]), int(quantizer["group_size"]), node)
+    zeros = work.entry_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    return QuantizedWeight(codes, scales, int(quantizer["bits"]), int(quantizer["group_size"]), node, zeros)

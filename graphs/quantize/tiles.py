@@ -37,6 +37,13 @@ def _shared(fours: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     )
 
 
+def tile_zeros(zeros: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Zero points [outputs, groups] of up to 4 bits -> bytes [outputs / 16, groups, 8]: an output and the eighth after it
+    share a byte, the first in the low half."""
+    tiles = zeros.reshape(-1, 2, TILE_OUTPUTS // 2, zeros.shape[1])
+    return np.ascontiguousarray((tiles[:, 0] | (tiles[:, 1] << np.uint8(4))).transpose(0, 2, 1))
+
+
 def tile_scales(scales: NDArray[np.float32]) -> NDArray[np.float16]:
     """[outputs, groups] -> fp16 [outputs / 16, groups, 16]. Raises InputError for a scale that fp16 cannot hold."""
     with np.errstate(over="ignore"):

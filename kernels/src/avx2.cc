@@ -63,6 +63,14 @@ inline void add_step(const uint8_t* step, const int8_t* x, int64_t rows, __m256i
   if constexpr (4 * (Four + 2) < Codes::kStep) add_step<Codes, Rows, Four + 2>(step, next + 4 * rows, rows, narrow);
 }
 
+// Less the zero points of a group and of one half of the outputs, each in the low 16 of 32 bits, beside zeros. Sums of a
+// group's codes fit 16 bits, too (at most 128 * 127), so that madd_epi16 multiplies the two.
+inline __m256i minus_zeros(const Tile& tile, int64_t group, int half) {
+  const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(tile.zeros + group * kZeroBytes));
+  const __m256i zeros = _mm256_and_si256(_mm256_srli_epi32(_mm256_cvtepu8_epi32(pairs), 4 * half), _mm256_set1_epi32(15));
+  return _mm256_and_si256(_mm256_sub_epi32(_mm256_setzero_si256(), zeros), _mm256_set1_epi32(0xffff));
+}
+
 // Both below give sum((w - zero) * x) over one group of inputs from `first` on, of a tile and `Rows` rows of the panel from
 // `row` on; a tile's 16 outputs are two vectors of 8.
 
@@ -74,6 +82,12 @@ inline void sum_group(Codes, const Tile& tile, const Panel& panel, int64_t row, 
   const int64_t at = first / inputs.group * panel.rows + row;
   for (int i = 0; i < Rows; i++) {
     sum[i][0] = sum[i][1] = _mm256_set1_epi32(-(1 << (Codes::kBits - 1)) * panel.sums[at + i]);
+  }
+  if (tile.zeros) {
+    for (int half = 0; half < 2; half++) {
+      const __m256i zeros = minus_zeros(tile, first / inputs.group, half);
+      for (int i = 0; i < Rows; i++) sum[i][half] = _mm256_madd_epi16(zeros, _mm256_set1_epi32(panel.sums[at + i]));
+    }
   }
   for (int64_t block = first; block < first + inputs.group; block += kBlock) {
     __m256i narrow[Rows][2];

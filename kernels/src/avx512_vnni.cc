@@ -67,6 +67,15 @@ inline void add_step(const uint8_t* const* steps, const int8_t* x, __m512i (&sum
   if constexpr (4 * (Four + 1) < Codes::kStep) add_step<Codes, Rows, Tiles, Sums, Four + 1>(steps, x, sum);
 }
 
+// Less the zero points of a group, each in the low 16 of 32 bits, beside zeros. Sums of a group's codes fit 16 bits, too (at
+// most 128 * 127), so that madd_epi16 multiplies the two.
+inline __m512i minus_zeros(const Tile& tile, int64_t group) {
+  const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(tile.zeros + group * kZeroBytes));
+  const __m128i both = _mm_unpacklo_epi64(pairs, _mm_srli_epi16(pairs, 4));
+  const __m512i zeros = _mm512_cvtepu8_epi32(_mm_and_si128(both, _mm_set1_epi8(15)));
+  return _mm512_maskz_sub_epi16(0x55555555, _mm512_setzero_si512(), zeros);
+}
+
 // A panel of exactly `Rows` rows by `Tiles` tiles; a tile's 16 outputs are one vector.
 template <class Codes, int Rows, int Tiles>
 inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
@@ -83,6 +92,12 @@ inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float
       for (int t = 0; t < Tiles; t++) {
         sum[0][i][t] = _mm512_set1_epi32(-(1 << (Codes::kBits - 1)) * panel.sums[at + i]);
         for (int s = 1; s < sums; s++) sum[s][i][t] = _mm512_setzero_si512();
+      }
+    }
+    if (tiles[0].zeros) {  // all tiles of a matrix have some, or none
+      for (int t = 0; t < Tiles; t++) {
+        const __m512i zeros = minus_zeros(tiles[t], group);
+        for (int i = 0; i < Rows; i++) sum[0][i][t] = _mm512_madd_epi16(zeros, _mm512_set1_epi32(panel.sums[at + i]));
       }
     }
     for (int64_t k = first; k < first + inputs.group; k += Codes::kStep) {

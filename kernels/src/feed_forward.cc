@@ -133,12 +133,13 @@ void step(const ort::Workers& workers, Passages& passages, int64_t operations, s
 
 }  // namespace
 
-FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank,
+FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, FeedForwardInputs at, size_t rank,
                               const std::string& prefix) {
-  const auto read = [&](size_t at, const std::string& name) {
-    return read_weights(api, info, at, rank, (name + "_bits").c_str(), name.c_str());
+  const auto read = [&](WeightInputs matrix, const std::string& name) {
+    return read_weights(api, info, matrix, rank, (name + "_bits").c_str(), name.c_str());
   };
-  const FeedForward weights{read(first, prefix + "gate_up"), read(first + 2, prefix + "down")};
+  const FeedForward weights{read({at.weights, at.weights + 1, at.zeros}, prefix + "gate_up"),
+                            read({at.weights + 2, at.weights + 3, at.zeros + 1}, prefix + "down")};
   const Weights &gate_up = weights.gate_up, &down = weights.down;
   if (gate_up.tiles % 2 || down.inputs.count != weights.width() || down.outputs() != weights.hidden() ||
       gate_up.experts != down.experts) {

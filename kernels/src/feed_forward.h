@@ -26,9 +26,13 @@ struct FeedForward {
   int64_t width() const { return gate_up.outputs() / 2; }
 };
 
-// Those at inputs `first` and on; `prefix` is that of the names in attributes and messages. Throws ort::Failure where the two
-// matrices do not fit each other.
-FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank,
+// From where on inputs of an operator are codes and scales of both, and their zero points, which are optional.
+struct FeedForwardInputs {
+  size_t weights, zeros;
+};
+
+// `prefix` is that of the names in attributes and messages. Throws ort::Failure where the two matrices do not fit each other.
+FeedForward read_feed_forward(const ort::Api& api, const ort::KernelInfo* info, FeedForwardInputs at, size_t rank,
                               const std::string& prefix = "");
 
 // What the visits of one set of experts, sorted by expert, come to: a row of `answers` [answers, hidden] for each.

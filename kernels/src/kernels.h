@@ -7,7 +7,8 @@
 //   4 bits: a vector for twice four inputs, the first in the low half of a byte.
 //   2 bits: a vector for four times four inputs, the first in the lowest bits.
 //   3 bits: for each 32 inputs the two vectors of the codes' low 2 bits, then one of their high bits, the first lowest.
-// Codes have the zero point 2^(bits - 1). A tile's scales are fp16 [inputs / group, 16].
+// A tile's scales are fp16 [inputs / group, 16]. Codes have the zero point 2^(bits - 1), or of up to 4 bits one for each
+// output and group: bytes [inputs / group, 8], output r's in the low half of byte r, output r + 8's in the high half.
 //
 // Activations are int8 in *panels* of up to 12 rows: codes [inputs / 4, rows, 4]; for each group of inputs the scale and
 // the sum of the codes, [inputs / group, rows], because sum((w - zero) * x) = sum(w * x) - zero * sum(x).
@@ -21,11 +22,13 @@ constexpr int64_t kTileOutputs = 16;
 constexpr int64_t kPanelRows = 12;
 constexpr int64_t kLargestGroup = 128;
 constexpr int64_t kLanes = 16;  // in which sums of floats are added up
+constexpr int64_t kZeroBytes = kTileOutputs / 2;  // of a tile's zero points for one group
 constexpr int64_t kBlock = 32;  // inputs: every group is some blocks
 
 struct Tile {
   const uint8_t* codes;
   const uint16_t* scales;
+  const uint8_t* zeros;  // null: all 2^(bits - 1)
 };
 
 struct Panel {

@@ -73,6 +73,14 @@ inline void add_step(const uint8_t* step, const int8_t* x, int64_t rows, int32x4
   if constexpr (4 * (Four + 1) < Codes::kStep) add_step<Codes, Rows, Four + 1>(step, x, rows, sum);
 }
 
+// Less the zero points of a group and of 4 outputs.
+inline int32x4_t minus_zeros(const Tile& tile, int64_t group, int part) {
+  const uint8x8_t pairs = vld1_u8(tile.zeros + group * kZeroBytes);
+  const uint16x8_t half = vmovl_u8(part < kParts / 2 ? vand_u8(pairs, vdup_n_u8(15)) : vshr_n_u8(pairs, 4));
+  const uint16x4_t zeros = part % 2 ? vget_high_u16(half) : vget_low_u16(half);
+  return vnegq_s32(vreinterpretq_s32_u32(vmovl_u16(zeros)));
+}
+
 // `Rows` rows of the panel from `row` on.
 template <class Codes, int Rows>
 inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs inputs, float* y, int64_t row_stride) {
@@ -85,6 +93,12 @@ inline void multiply(const Tile& tile, const Panel& panel, int64_t row, Inputs i
     int32x4_t sum[Rows][kParts];
     for (int i = 0; i < Rows; i++) {
       for (int32x4_t& s : sum[i]) s = vdupq_n_s32(-kZero<Codes> * panel.sums[at + i]);
+    }
+    if (tile.zeros) {
+      for (int part = 0; part < kParts; part++) {
+        const int32x4_t zeros = minus_zeros(tile, group, part);
+        for (int i = 0; i < Rows; i++) sum[i][part] = vmulq_n_s32(zeros, panel.sums[at + i]);
+      }
     }
     for (int64_t k = first; k < first + inputs.group; k += Codes::kStep) {
       add_step<Codes, Rows>(tile.codes + 2 * Codes::kBits * k, panel.codes + k * panel.rows + 4 * row, panel.rows, sum);

@@ -1,11 +1,12 @@
-// TiledExperts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales; k, gate_up_bits, down_bits)
-//   -> y [..., H]
+// TiledExperts(x [..., H], router_logits [..., E], gate_up, its scales, down, its scales, gate_up's zero points?, down's?;
+//              k, gate_up_bits, down_bits) -> y [..., H]
 //
 // The routed experts as corral::MoE defines them: the sum over a token's k largest logits of expert(sigmoid(logit) x).
 // Weights as in TiledFeedForward, with a leading axis of E experts.
 //
-// TiledMoE(…, shared_gate_up, its scales, shared_down, its scales; …, shared_gate_up_bits, shared_down_bits) adds them to what
-// the shared expert makes of x, at once: with few tokens threads wait for each other longer than they compute.
+// TiledMoE(x, router_logits, the same four, shared_gate_up, its scales, shared_down, its scales, all four's zero points?; …,
+//          shared_gate_up_bits, shared_down_bits) adds to it what the shared expert makes of x, at once: with few tokens
+// threads wait for each other longer than they compute.
 #pragma once
 
 #include <algorithm>
@@ -25,9 +26,9 @@ class Experts {
  public:
   static constexpr Port kOutputs[] = {ort::kFloat};
 
-  Experts(const ort::Api& api, const ort::KernelInfo* info, std::optional<FeedForward> shared)
+  Experts(const ort::Api& api, const ort::KernelInfo* info, const FeedForward& weights, std::optional<FeedForward> shared)
       : kernels_(*choose_instruction_set().kernels),
-        weights_(read_feed_forward(api, info, 2, 3)),
+        weights_(weights),
         shared_(shared),
         k_(api.attribute(info, "k")) {
     if (shared_ && shared_->hidden() != weights_.hidden()) {
@@ -104,19 +105,23 @@ class Experts {
 class TiledExperts : public Experts {
  public:
   static constexpr const char* kName = "TiledExperts";
-  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat, ort::kUint8, ort::kFloat16, ort::kUint8, ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kFloat,   ort::kUint8,         ort::kFloat16,
+                                     ort::kUint8, ort::kFloat16, {ort::kUint8, true}, {ort::kUint8, true}};
 
-  TiledExperts(const ort::Api& api, const ort::KernelInfo* info) : Experts(api, info, std::nullopt) {}
+  TiledExperts(const ort::Api& api, const ort::KernelInfo* info)
+      : Experts(api, info, read_feed_forward(api, info, {2, 6}, 3), std::nullopt) {}
 };
 
 class TiledMoE : public Experts {
  public:
   static constexpr const char* kName = "TiledMoE";
-  static constexpr Port kInputs[] = {ort::kFloat,   ort::kFloat, ort::kUint8,   ort::kFloat16, ort::kUint8,
-                                     ort::kFloat16, ort::kUint8, ort::kFloat16, ort::kUint8,   ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat,         ort::kFloat,         ort::kUint8,         ort::kFloat16,
+                                     ort::kUint8,         ort::kFloat16,       ort::kUint8,         ort::kFloat16,
+                                     ort::kUint8,         ort::kFloat16,       {ort::kUint8, true}, {ort::kUint8, true},
+                                     {ort::kUint8, true}, {ort::kUint8, true}};
 
   TiledMoE(const ort::Api& api, const ort::KernelInfo* info)
-      : Experts(api, info, read_feed_forward(api, info, 6, 2, "shared_")) {}
+      : Experts(api, info, read_feed_forward(api, info, {2, 10}, 3), read_feed_forward(api, info, {6, 12}, 2, "shared_")) {}
 };
 
 }  // namespace corral

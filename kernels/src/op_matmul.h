@@ -1,4 +1,5 @@
-// TiledMatMul(x [..., inputs], codes [tiles, 2 bits inputs], scales [tiles, groups, 16]; bits) -> y [..., 16 tiles]
+// TiledMatMul(x [..., inputs], codes [tiles, 2 bits inputs], scales [tiles, groups, 16], zero points? [tiles, groups, 8];
+//             bits) -> y [..., 16 tiles]
 #pragma once
 
 #include "dispatch.h"
@@ -11,11 +12,11 @@ namespace corral {
 class TiledMatMul {
  public:
   static constexpr const char* kName = "TiledMatMul";
-  static constexpr Port kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16};
+  static constexpr Port kInputs[] = {ort::kFloat, ort::kUint8, ort::kFloat16, {ort::kUint8, true}};
   static constexpr Port kOutputs[] = {ort::kFloat};
 
   TiledMatMul(const ort::Api& api, const ort::KernelInfo* info)
-      : kernels_(*choose_instruction_set().kernels), weights_(read_weights(api, info, 1, 2, "bits", "the matrix")) {}
+      : kernels_(*choose_instruction_set().kernels), weights_(read_weights(api, info, {1, 2, 3}, 2, "bits", "the matrix")) {}
 
   void compute(const ort::Api& api, ort::KernelContext* context) const {
     const Tokens x = read_tokens(api, context, 0, weights_.inputs.count, "x");

@@ -24,6 +24,14 @@ float Api::float_attribute(const KernelInfo* info, const char* name) const {
   return value;
 }
 
+bool Api::has_input(const KernelInfo* info, size_t index) const {
+  size_t count = 0, name_bytes = 0;
+  check(kKernelInfoGetInputCount, info, &count);
+  if (index >= count) return false;
+  check(kKernelInfoGetInputName, info, index, static_cast<char*>(nullptr), &name_bytes);
+  return name_bytes > 1;  // one that is left out has an empty name, which ends like any other
+}
+
 bool Api::has_input(KernelContext* context, size_t index) const { return input_value(context, index) != nullptr; }
 
 const Value* Api::input_value(KernelContext* context, size_t index) const {

@@ -49,6 +49,8 @@ enum Slot : int {
   kKernelContextGetOutput = 91,
   kReleaseStatus = 93,
   kReleaseTensorTypeAndShape = 99,
+  kKernelInfoGetInputCount = 230,
+  kKernelInfoGetInputName = 232,
   kKernelInfoGetConstantInputTensor = 249,
   kKernelContextParallelFor = 274,
 };
@@ -120,6 +122,7 @@ class Api {
   float float_attribute(const KernelInfo* info, const char* name) const;
   Tensor constant(const KernelInfo* info, size_t input) const;  // refuses what is no constant initializer
   // Whether a node has this optional input.
+  bool has_input(const KernelInfo* info, size_t index) const;
   bool has_input(KernelContext* context, size_t index) const;
   Tensor input(KernelContext* context, size_t index) const;
   // Null where a node leaves this optional output out.

@@ -27,13 +27,20 @@ struct Int3 {
   }
 };
 
+int32_t zero_point(const Tile& tile, int64_t group, int64_t output, int32_t bits) {
+  if (!tile.zeros) return 1 << (bits - 1);
+  return tile.zeros[group * kZeroBytes + output % kZeroBytes] >> (4 * (output / kZeroBytes)) & 15;
+}
+
 template <class Codes>
 void one_tile(const Tile& tile, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
   for (int64_t row = 0; row < panel.rows; row++) {
     float total[kTileOutputs] = {};
     for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
       int32_t sum[kTileOutputs];
-      for (int32_t& s : sum) s = -(1 << (Codes::kBits - 1)) * panel.sums[group * panel.rows + row];
+      for (int64_t r = 0; r < kTileOutputs; r++) {
+        sum[r] = -zero_point(tile, group, r, Codes::kBits) * panel.sums[group * panel.rows + row];
+      }
       for (int64_t first = group * inputs.group; first < (group + 1) * inputs.group; first += kBlock) {
         const uint8_t* block = tile.codes + 2 * Codes::kBits * first;
         for (int64_t k = 0; k < kBlock; k++) {

@@ -14,6 +14,7 @@ void read_ahead(const Weights& weights, int64_t expert) {
   const Tile first = weights.tile(expert, 0), next = weights.tile(expert + 1, 0);
   read_ahead(first.codes, next.codes - first.codes);
   read_ahead(first.scales, (next.scales - first.scales) * int64_t(sizeof *first.scales));
+  if (first.zeros) read_ahead(first.zeros, next.zeros - first.zeros);
 }
 
 #if defined(__linux__)

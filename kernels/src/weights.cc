@@ -8,13 +8,13 @@ std::string shape_in_words(const std::vector<int64_t>& shape) {
   return words + "]";
 }
 
-Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank, const char* bits_name,
-                     const char* name) {
+Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, WeightInputs at, size_t rank,
+                     const char* bits_name, const char* name) {
   const int64_t bits = api.attribute(info, bits_name), bytes_an_input = kTileOutputs * bits / 8;
   if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
     throw ort::Failure(ort::kInvalidArgument, std::string(bits_name) + " is " + std::to_string(bits) + ", expected 2, 3, 4 or 8");
   }
-  const ort::Tensor codes = api.constant(info, first), scales = api.constant(info, first + 1);
+  const ort::Tensor codes = api.constant(info, at.codes), scales = api.constant(info, at.scales);
   const auto refuse = [&](const char* expected) {
     throw ort::Failure(ort::kInvalidArgument, std::string(name) + ": codes " + shape_in_words(codes.shape) + ", scales " +
                                                   shape_in_words(scales.shape) + "; expected " + expected);
@@ -34,7 +34,19 @@ Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t fi
   const Inputs inputs{bytes / bytes_an_input, bytes / bytes_an_input / groups};
   if (inputs.group != 32 && inputs.group != 64 && inputs.group != 128) refuse("32, 64 or 128 inputs in a group");
   if (!codes.data || !scales.data) refuse("data");
-  return {static_cast<const uint8_t*>(codes.data), static_cast<const uint16_t*>(scales.data),
+  const uint8_t* zeros = nullptr;
+  if (api.has_input(info, at.zeros)) {
+    const ort::Tensor given = api.constant(info, at.zeros);
+    std::vector<int64_t> shape = scales.shape;
+    shape.back() = kZeroBytes;
+    if (given.type != ort::kUint8 || given.shape != shape || !given.data || bits > 4) {
+      throw ort::Failure(ort::kInvalidArgument, std::string(name) + ": zero points " + shape_in_words(given.shape) +
+                                                    " for codes of " + std::to_string(bits) + " bits; expected uint8 " +
+                                                    shape_in_words(shape) + ", and codes of at most 4 bits");
+    }
+    zeros = static_cast<const uint8_t*>(given.data);
+  }
+  return {static_cast<const uint8_t*>(codes.data), static_cast<const uint16_t*>(scales.data), zeros,
           rank == 3 ? codes.shape[0] : 1, codes.shape[rank - 2], bits, inputs};
 }
 

@@ -1,5 +1,5 @@
 // One stored matrix, or one for each expert: codes uint8 [experts, tiles, 2 bits inputs], scales fp16 [experts, tiles,
-// groups, 16], in the layout of kernels.h. Read where ONNX Runtime holds them, mapped from the bundle's file: nothing is
+// groups, 16], and where codes are asymmetric zero points uint8 [experts, tiles, groups, 8], in the layout of kernels.h. Read where ONNX Runtime holds them, mapped from the bundle's file: nothing is
 // copied, and an expert that is never chosen is never touched.
 #pragma once
 
@@ -13,14 +13,16 @@ namespace corral {
 struct Weights {
   const uint8_t* codes;
   const uint16_t* scales;
+  const uint8_t* zeros;  // null: codes are symmetric
   int64_t experts, tiles, bits;
   Inputs inputs;
 
   int64_t outputs() const { return tiles * kTileOutputs; }
 
   Tile tile(int64_t expert, int64_t index) const {
-    const int64_t i = expert * tiles + index;
-    return {codes + i * inputs.count * kTileOutputs * bits / 8, scales + i * (inputs.count / inputs.group) * kTileOutputs};
+    const int64_t i = expert * tiles + index, groups = i * (inputs.count / inputs.group);
+    return {codes + i * inputs.count * kTileOutputs * bits / 8, scales + groups * kTileOutputs,
+            zeros ? zeros + groups * kZeroBytes : nullptr};
   }
 };
 
@@ -29,9 +31,14 @@ inline const Products& products_of(const Kernels& kernels, int64_t bits) {
   return bits == 2 ? kernels.int2 : bits == 3 ? kernels.int3 : bits == 4 ? kernels.int4 : kernels.int8;
 }
 
-// The weights at inputs `first` and `first + 1` of an operator; the attribute `bits` says what the codes have. Throws
-// ort::Failure where types or shapes do not fit each other; `rank` is that of the codes: 2, or 3 with experts.
-Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, size_t first, size_t rank, const char* bits,
+// Which inputs of an operator are a matrix.
+struct WeightInputs {
+  size_t codes, scales, zeros;  // the last is optional
+};
+
+// The attribute `bits` says what the codes have. Throws ort::Failure where types or shapes do not fit each other; `rank` is
+// that of the codes: 2, or 3 with experts.
+Weights read_weights(const ort::Api& api, const ort::KernelInfo* info, WeightInputs at, size_t rank, const char* bits,
                      const char* name);
 
 std::string shape_in_words(const std::vector<int64_t>& shape);

@@ -60,9 +60,9 @@ class Checkpoint:
         return values
 
     def read_piece(self, source: Source) -> Any:
-        """What a plan's steps begin with: the values, as `read` gives them, or with `as_stored` a dict of two arrays.
+        """What a plan's steps begin with: the values, as `read` gives them, or with `as_stored` a dict of arrays.
 
-        Those are "codes", uint8, and "scales", float32: as `QuantizedTensorStore.read_codes` says, seen as `source` says.
+        Those are "codes", "scales" and maybe "zeros": as `QuantizedTensorStore.read_codes` says, seen as `source` says.
         """
         if source.interleave:
             stored = self.tensors[source.tensor].shape
@@ -71,11 +71,8 @@ class Checkpoint:
         if not source.as_stored:
             return self.read(source)
         store: QuantizedTensorStore = self.store  # type: ignore[assignment]  # such a source is of a quantized tensor
-        codes, scales = store.read_codes(source.tensor, self._where(source))
-        return {
-            name: (part.t() if source.transposed else part).contiguous().numpy()
-            for name, part in (("codes", codes), ("scales", scales))
-        }
+        parts = store.read_codes(source.tensor, self._where(source))
+        return {name: (part.t() if source.transposed else part).contiguous().numpy() for name, part in parts.items()}
 
     def read_raw(self, source: Source) -> NDArray[np.generic]:
         """The slice in the checkpoint's own dtype; numpy has no bfloat16, so its bits come as uint16."""

@@ -46,15 +46,15 @@ class ExpertStore:
         ]
         return slices[0] if isinstance(expert, int) else torch.stack(slices)
 
-    def read_codes(self, name: str, where: tuple[int | slice, ...]) -> tuple[Tensor, Tensor]:
-        """Codes [inputs, outputs] and scales [groups, outputs] of one expert's slice; see `QuantizedTensorStore`."""
+    def read_codes(self, name: str, where: tuple[int | slice, ...]) -> dict[str, Tensor]:
+        """Codes [inputs, outputs], and scales and zeros [groups, outputs] of one expert's slice; see `QuantizedTensorStore`."""
         stored: QuantizedTensorStore = self.stored  # type: ignore[assignment]  # the tensor is published quantized
         if name not in self.fused:
             return stored.read_codes(name, where)
         expert, *matrix = cuts(self.tensors[name].shape, where)
         assert isinstance(expert, int), "codes are read expert by expert"
-        codes, scales = zip(*(stored.read_codes(*part) for part in self._parts(name, expert, matrix)), strict=True)
-        return torch.cat(codes).t(), torch.cat(scales).t()
+        parts = [stored.read_codes(*part) for part in self._parts(name, expert, matrix)]
+        return {key: torch.cat([part[key] for part in parts]).t() for key in parts[0]}
 
     def _parts(self, name: str, expert: int, matrix: list[int | range]) -> Iterator[tuple[str, tuple[slice, slice]]]:
         """Which slices [outputs, inputs] of which matrices make up [inputs, outputs] of an expert, in order."""

@@ -53,23 +53,21 @@ class QuantizedStore:
         codes, scales = self._codes(matrix, outputs, inputs), self._scales(matrix, outputs, inputs)
         values = codes.float()
         if matrix.packed:
-            values -= self._zero_points(matrix, outputs, inputs)
+            points = self._zero_points(matrix, outputs, inputs)
+            values -= INT4_ZERO if points is None else _spread(points, 1, inputs, matrix.block[1])
         values *= _spread(_spread(scales, 0, outputs, matrix.block[0]), 1, inputs, matrix.block[1])
         return values
 
-    def read_codes(self, name: str, where: tuple[int | slice, ...]) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [outputs, inputs] and float32 scales [outputs, groups]; the slice holds whole groups."""
+    def read_codes(self, name: str, where: tuple[int | slice, ...]) -> dict[str, Tensor]:
+        """Codes uint8 [outputs, inputs], float32 scales [outputs, groups] and zeros uint8 alike; the slice holds whole
+        groups."""
         matrix, (outputs, inputs) = self.matrices[name], self._cuts(name, where)
         group = matrix.block[1]
-        if (
-            not matrix.packed
-            or matrix.zero_points
-            or matrix.block[0] != 1
-            or inputs.start % group
-            or inputs.stop % group
-        ):
-            raise AssertionError(f"{name}[{where}] is not stored as whole groups of 4-bit codes around {INT4_ZERO}")
-        return self._codes(matrix, outputs, inputs), self._scales(matrix, outputs, inputs)
+        if not matrix.packed or matrix.block[0] != 1 or inputs.start % group or inputs.stop % group:
+            raise AssertionError(f"{name}[{where}] is not stored as whole groups of 4-bit codes")
+        codes, scales = self._codes(matrix, outputs, inputs), self._scales(matrix, outputs, inputs)
+        points = self._zero_points(matrix, outputs, inputs)
+        return {"codes": codes, "scales": scales} | ({} if points is None else {"zeros": points})
 
     def _cuts(self, name: str, where: tuple[int | slice, ...]) -> tuple[range, range]:
         outputs, inputs = cuts(self.tensors[name].shape, where)
@@ -83,13 +81,13 @@ class QuantizedStore:
         words = self.stored.read_slice(matrix.codes, (rows, _blocks(inputs, CODES_PER_WORD)))
         return _unpack(words).narrow(1, inputs.start % CODES_PER_WORD, len(inputs))
 
-    def _zero_points(self, matrix: QuantizedMatrix, outputs: range, inputs: range) -> Tensor | int:
+    def _zero_points(self, matrix: QuantizedMatrix, outputs: range, inputs: range) -> Tensor | None:
+        """One for each group that the slice touches; None where all are INT4_ZERO."""
         if matrix.zero_points is None:
-            return INT4_ZERO
+            return None
         where = _blocks(outputs, CODES_PER_WORD), _blocks(inputs, matrix.block[1])
         words = self.stored.read_slice(matrix.zero_points, where)
-        points = _unpack(words.t()).t().narrow(0, outputs.start % CODES_PER_WORD, len(outputs))
-        return _spread(points, 1, inputs, matrix.block[1])
+        return _unpack(words.t()).t().narrow(0, outputs.start % CODES_PER_WORD, len(outputs))
 
     def _scales(self, matrix: QuantizedMatrix, outputs: range, inputs: range) -> Tensor:
         """float32, one for each block that the slice touches."""

@@ -49,10 +49,11 @@ class TensorStore(Protocol):
 class QuantizedTensorStore(TensorStore, Protocol):
     """A store some of whose tensors are quantized; `read_slice` gives their values."""
 
-    def read_codes(self, name: str, where: tuple[int | slice, ...]) -> tuple[Tensor, Tensor]:
-        """Of `tensor[where]`: unsigned codes, uint8, and float32 scales, one for each group of inputs.
+    def read_codes(self, name: str, where: tuple[int | slice, ...]) -> dict[str, Tensor]:
+        """Of `tensor[where]`: "codes", unsigned, uint8, and float32 "scales", one for each group of inputs; of asymmetric
+        ones "zeros", too, uint8.
 
-        value = scale * (code - 2**(bits-1)), as in `spec/quant_scheme.py`; only for tensors that are published so.
+        As in `spec/quant_scheme.py`; only for tensors that are published so.
         """
         ...
 

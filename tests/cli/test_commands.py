@@ -302,8 +302,13 @@ def test_tune_writes_a_recipe_that_compiles(corral: Corral, tiny_checkpoint: Tin
     shown = corral(*arguments).stdout
     assert "KL of the weights together" in shown and f"--recipe {recipe}" in shown
     text = recipe.read_text()
-    assert text.startswith("# Chosen by corral tune for a size budget of 500000.")
-    assert "# KL " in text
+    assert text.startswith("# Chosen by corral tune for at most 500,000 bytes.\n# KL of the weights together: ")
+    # What every rule costs, and what none names: together that is the table on the screen.
+    lines = text.splitlines()
+    rules = [line for line in lines if line.startswith("  { matrices")]
+    assert len(rules) > 1 and all(re.search(r"  # KL \S+, \S+ k?B( in 2 layers)?$", rule) for rule in rules)
+    (rest,) = (line for line in lines if line.startswith("# So is stored what no rule names: KL "))
+    assert "in" in rest
     bundle = json.loads(corral("compile", checkpoint, "-o", tmp_path / "out", "--recipe", recipe, "--json").stdout)
     assert bundle["bytes"] <= 500_000
     assert "is there already" in corral(*arguments, code=2).stderr

@@ -24,6 +24,7 @@ from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
 from corral.runtime import LLM, SamplingParams
 from corral.spec.bundle import open_bundle
+from corral.spec.cpu_ops import VERSION
 from corral.spec.errors import EnvironmentProblem, InputError
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
@@ -37,9 +38,15 @@ Bundle = Callable[..., Path]
 Checkpoint = Callable[[str], Path]
 
 
-def dequantized(matrix: Tensor, bits: int = 4) -> Tensor:
+def dequantized(matrix: Tensor, bits: int = 4, asymmetric: bool = False) -> Tensor:
     """[outputs, inputs] -> what codes by the float32 scale, and the scale that is stored in fp16, make of it."""
     groups, largest = matrix.double().unflatten(-1, (-1, GROUP)), 2 ** (bits - 1) - 1
+    if asymmetric:
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).float()
+        zero = (-low / scale.double()).round()
+        codes = (groups / scale.double()).round().clamp(-zero, 2**bits - 1 - zero)
+        return (codes * scale.half().double()).flatten(-2).float()
     scale = (groups.abs().amax(-1, keepdim=True) / largest).float()
     codes = (groups / scale.double()).round().clamp(-largest, largest)
     return (codes * scale.half().double()).flatten(-2).float()
@@ -60,7 +67,11 @@ class RoundedExperts(Experts):
         return rounded(F.silu(gate) * up) @ self.down_proj[expert]
 
 
-def reference(directory: Path, bits_of: Callable[[str], int] = lambda name: 4) -> Llama4Text:
+def reference(
+    directory: Path,
+    bits_of: Callable[[str], int] = lambda name: 4,
+    asymmetric: Callable[[str], bool] = lambda name: False,
+) -> Llama4Text:
     """The model with the kernels' arithmetic, but for the order of sums."""
     model = load_reference(open_checkpoint(directory))
     with torch.no_grad():
@@ -68,10 +79,10 @@ def reference(directory: Path, bits_of: Callable[[str], int] = lambda name: 4) -
             if isinstance(module, Experts):
                 module.__class__ = RoundedExperts
                 for own in ("gate_up_proj", "down_proj"):
-                    parameter, bits = getattr(module, own), bits_of(f"{name}.{own}")
-                    parameter.copy_(dequantized(parameter.transpose(1, 2), bits).transpose(1, 2))
+                    parameter, how = getattr(module, own), (bits_of(f"{name}.{own}"), asymmetric(f"{name}.{own}"))
+                    parameter.copy_(dequantized(parameter.transpose(1, 2), *how).transpose(1, 2))
             elif isinstance(module, nn.Linear) and "router" not in name:
-                module.weight.copy_(dequantized(module.weight, bits_of(name)))
+                module.weight.copy_(dequantized(module.weight, bits_of(name), asymmetric(name)))
                 module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
     return model
 
@@ -87,6 +98,32 @@ def test_logits_are_those_of_the_stored_weights(tiny_checkpoint: Checkpoint, tin
     assert error.max(axis=-1).min() < 2e-6  # a row that no such value came into
     assert error.mean() < 1e-3
     assert error.max() < 2e-2
+
+
+def test_groups_may_have_zero_points_and_some_matrices_none(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Experts of which only one matrix is asymmetric, a feed-forward likewise, and the rest of int2 and int4."""
+    symmetric = ("layers.0.*.gate_up_proj", "layers.1.*.down_proj", "layers.2.*.shared_expert.down_proj", "lm_head")
+    rules = [Rule(matrices=pattern, asymmetric=False) for pattern in symmetric]
+    rules.append(Rule(matrices="layers.3.*", weights="int2"))
+    bundle = compile(
+        tiny_checkpoint("scout"), tmp_path / "out", dataclasses.replace(RECIPE, rules=tuple(rules), asymmetric=True)
+    )
+    stored = [(record.stored, record.bytes * 8 / record.parameters) for record in bundle.manifest.coverage]
+    assert ("int4 g32 asymmetric", 4 + (16 + 4) / GROUP) in stored
+    assert ("int2 g32 asymmetric", 2 + (16 + 4) / GROUP) in stored
+    nodes = onnx.load(bundle.path("decoder.onnx"), load_external_data=False).graph.node
+    assert not {"MatMulNBits", "QMoE", "DequantizeLinear"} & {node.op_type for node in nodes}
+    model = reference(
+        tiny_checkpoint("scout"),
+        lambda name: 2 if fnmatchcase(name, "layers.3.*") else 4,
+        lambda name: not any(fnmatchcase(name, pattern) for pattern in symmetric),
+    )
+    ids = np.random.default_rng(3).integers(0, 256, 40)
+    with torch.no_grad():
+        want = model.logits(torch.tensor(ids)[None])[0].numpy()
+    error = np.abs(LLM(bundle).score(ids) - want) / np.abs(want).max()
+    assert error.max(axis=-1).min() < 2e-6
+    assert error.mean() < 1e-3
 
 
 def test_matrices_may_have_other_bits_by_rules(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -148,7 +185,7 @@ def test_every_large_matrix_goes_to_the_kernels(tiny_bundle: Bundle, form: str) 
     stored = {record.kind: record for record in bundle.manifest.coverage}
     assert stored["attention"].stored == "int4 g32"
     assert stored["attention"].bytes * 8 == stored["attention"].parameters * (4 + 16 / GROUP)  # fp16 scales
-    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": "3"}
+    assert bundle.manifest.requires == {"onnxruntime": "1.31", "corral_cpu_ops": str(VERSION)}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -218,7 +255,7 @@ def test_a_bundle_is_refused_where_the_library_is_missing(
     ("needs", "remedy"),
     [
         ("1", "Compile the checkpoint again"),
-        ("3", "Install a newer corral"),
+        (str(VERSION + 1), "Install a newer corral"),
         ("99999999999999999999", "Install a newer corral"),
         ("latest", "Install a newer corral"),
         ("", "Install a newer corral"),
@@ -233,7 +270,7 @@ def test_a_bundle_for_another_library_is_refused(tiny_bundle: Bundle, tmp_path: 
     manifest["requires"]["corral_cpu_ops"] = needs
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(EnvironmentProblem, match=rf"have version 2; this bundle needs {needs}. {remedy}"):
+    with pytest.raises(EnvironmentProblem, match=rf"have version {VERSION}; this bundle needs {needs}. {remedy}"):
         LLM(bundle)
 
 

@@ -98,13 +98,18 @@ def test_cpu_kernels_compute_the_dequantized_model(
 
 
 @pytest.mark.parametrize("target", ["cpu", "portable"])
-@pytest.mark.parametrize(("published", "weights"), [("fp8 per output", "fp32"), ("int4 g32", "int4")])
+@pytest.mark.parametrize(
+    ("published", "weights"), [("fp8 per output", "fp32"), ("int4 g32", "int4"), ("int4 g32 asymmetric", "int4")]
+)
 def test_published_weights_compute_what_their_authors_mean(
     published_checkpoint: Callable[..., tuple[Path, Path]], tmp_path: Path, published: str, weights: str, target: str
 ) -> None:
     """Against the numbers that the library dequantizes. Every matrix but the routers is published quantized."""
     quantized, plain = published_checkpoint("two_layers", published, "^(?!.*router)")
-    compile(quantized, tmp_path / "out", Recipe(target=target, weights=weights, group_size=GROUP))
+    asymmetric = "asymmetric" in published
+    recipe = Recipe(target=target, weights=weights, group_size=GROUP, asymmetric=asymmetric)
+    bundle = compile(quantized, tmp_path / "out", recipe)
+    assert {row.stored for row in bundle.manifest.coverage if weights == "int4" and row.published} <= {published}
     model = load_reference(open_checkpoint(plain))
     ids = np.random.default_rng(7).integers(0, 256, 16)
     with torch.no_grad():

@@ -67,6 +67,9 @@ def test_what_cannot_be_is_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Pa
     checkpoint = tiny_checkpoint("scout")
     with pytest.raises(InputError, match="group size 128 does not divide the 64 numbers of an embedding"):
         compiled(checkpoint, tmp_path / "out", group_size=128)
+    everything_in_int3 = Recipe(group_size=32, kernels="corral", rules=(Rule(matrices="*", weights="int3"),))
+    with pytest.raises(InputError, match="asks for int3 embeddings; a table is stored in int8, int4 or as published"):
+        compile(checkpoint, tmp_path / "out", everything_in_int3)
     assert not (tmp_path / "out").exists()
     bundle = compiled(checkpoint, tmp_path / "out")
     for broken, said in (

@@ -150,7 +150,12 @@ def test_fp32_stores_the_exact_values(
     [
         ("int4 g32", "int8", 32, "--weights int4 --group-size 32 to keep its codes as they are, --weights fp32"),
         ("int4 g32", "int4", 64, "--weights int4 --group-size 32 to keep its codes as they are, --weights fp32"),
-        ("int4 g32 asymmetric", "int4", 32, "Use --weights fp32 to store its exact values, or --requantize"),
+        (
+            "int4 g32 asymmetric",
+            "int4",
+            32,
+            "--weights int4 --group-size 32 --asymmetric to keep its codes as they are",
+        ),
         ("int4 per output", "int4", 64, "Use --weights fp32"),
         ("fp8 per output", "int4", 32, "Use --weights fp32"),
     ],

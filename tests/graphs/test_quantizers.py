@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from corral.graphs.quantize.pack import pack_columns, pack_nibbles, pack_rows, unpack_nibbles
+from corral.graphs.quantize.pack import pack_columns, pack_nibbles, pack_rows, pack_zero_rows, unpack_nibbles
 from corral.graphs.quantize.rtn import rtn
-from corral.graphs.quantize.tiles import tile_codes, tile_scales
+from corral.graphs.quantize.tiles import tile_codes, tile_scales, tile_zeros
 from corral.spec.errors import InputError
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -38,6 +38,36 @@ def test_every_value_is_within_half_a_step_of_its_code(weight: tuple[np.ndarray,
     step = np.repeat(scales.astype(np.float64), group, axis=1)
     values = (codes.astype(np.float64) - 2 ** (bits - 1)) * step
     assert (np.abs(values - matrix) <= step * (0.5 + 1e-5)).all()
+
+
+@given(weights(), st.sampled_from([2, 3, 4]))
+def test_every_value_is_within_a_step_of_its_asymmetric_code(weight: tuple[np.ndarray, int], bits: int) -> None:
+    """Half a step of its own, and at the ends of the range another half, by which 0 was moved to a code."""
+    matrix, group = weight
+    stored = rtn(matrix, bits=bits, group_size=group, asymmetric=True)
+    codes, scales, zeros = stored["codes"], stored["scales"], stored["zeros"]
+    assert codes.dtype == zeros.dtype == np.uint8
+    assert zeros.shape == scales.shape
+    assert max(codes.max(), zeros.max()) <= 2**bits - 1
+    assert (scales > 0).all()
+    step = np.repeat(scales.astype(np.float64), group, axis=1)
+    values = (codes.astype(np.float64) - np.repeat(zeros, group, axis=1)) * step
+    assert (np.abs(values - matrix) <= step * (1 + 1e-5)).all()
+    assert (values[matrix == 0] == 0).all()
+
+
+def test_an_asymmetric_group_is_scaled_by_its_range() -> None:
+    matrix = np.zeros((1, 128), np.float32)
+    matrix[0, :4] = [12.0, -3.0, 1.0, -0.5]  # a range of 15 steps; the half rounds to even
+    matrix[0, 32:64] = np.linspace(1.5, 3.0, 32)  # from 0 on, though nothing is below 1.5
+    matrix[0, 64:96] = -1.5
+    stored = rtn(matrix, bits=4, group_size=32, asymmetric=True)
+    np.testing.assert_allclose(stored["scales"], [[1.0, 0.2, 0.1, 1.0]], rtol=1e-6)
+    assert stored["zeros"].tolist() == [[3, 0, 15, 8]]
+    assert stored["codes"][0, :5].tolist() == [15, 0, 4, 3, 3]
+    assert stored["codes"][0, 63] == 15
+    assert (stored["codes"][0, 64:96] == 0).all()
+    assert (stored["codes"][0, 96:] == 8).all()
 
 
 def test_a_group_is_scaled_by_its_largest_magnitude_alone() -> None:
@@ -82,6 +112,24 @@ def test_columns_are_what_onnx_reads_back(bits: int, stored_type: type, data: st
     tensor = onnx.helper.make_tensor("w", kind, (6, 32), raw, raw=True)
     got = onnx.numpy_helper.to_array(tensor).astype(np.int64)
     np.testing.assert_array_equal(got, codes.T.astype(np.int64) - 2 ** (bits - 1))
+
+
+@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=st.integers(0, 15)))
+def test_zero_points_fill_whole_bytes_of_each_row(zeros: np.ndarray) -> None:
+    packed = pack_zero_rows(zeros)
+    groups = zeros.shape[1]
+    assert packed.shape == (len(zeros), (groups + 1) // 2)
+    np.testing.assert_array_equal(unpack_nibbles(packed)[:, :groups], zeros)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.data())
+def test_zero_points_of_a_tile_are_pairs_of_outputs(tiles: int, groups: int, data: st.DataObject) -> None:
+    zeros = data.draw(hnp.arrays(np.uint8, (16 * tiles, groups), elements=st.integers(0, 15)))
+    packed = tile_zeros(zeros)
+    assert packed.shape == (tiles, groups, 8)
+    for output in range(16 * tiles):
+        nibbles = packed[output // 16, :, output % 8] >> (4 * (output % 16 // 8)) & 15
+        np.testing.assert_array_equal(nibbles, zeros[output])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -19,16 +19,21 @@ float normal() { return std::normal_distribution<float>()(generator); }
 struct Matrix {
   std::vector<uint8_t> codes;
   std::vector<uint16_t> scales;
+  std::vector<uint8_t> zeros;  // none where codes are symmetric
   Tile tile(int64_t index, Inputs inputs, int64_t bits) const {
-    return {codes.data() + index * inputs.count * 2 * bits, scales.data() + index * (inputs.count / inputs.group) * kTileOutputs};
+    const int64_t groups = index * (inputs.count / inputs.group);
+    return {codes.data() + index * inputs.count * 2 * bits, scales.data() + groups * kTileOutputs,
+            zeros.empty() ? nullptr : zeros.data() + groups * kZeroBytes};
   }
 };
 
-// Two tiles; with `extreme`, the codes at both ends only.
-Matrix matrix(Inputs inputs, int64_t bits, bool extreme) {
-  Matrix made{std::vector<uint8_t>(2 * inputs.count * 2 * bits),
-              std::vector<uint16_t>(2 * (inputs.count / inputs.group) * kTileOutputs)};
+// Two tiles; with `extreme`, the codes and zero points at both ends only.
+Matrix matrix(Inputs inputs, int64_t bits, bool extreme, bool asymmetric) {
+  const int64_t groups = 2 * (inputs.count / inputs.group);
+  Matrix made{std::vector<uint8_t>(2 * inputs.count * 2 * bits), std::vector<uint16_t>(groups * kTileOutputs),
+              std::vector<uint8_t>(asymmetric ? groups * kZeroBytes : 0)};
   for (uint8_t& code : made.codes) code = extreme ? uint8_t(generator() % 2 ? 255 : 0) : uint8_t(generator());
+  for (uint8_t& zero : made.zeros) zero = extreme ? uint8_t(generator() % 2 ? 255 : 0) : uint8_t(generator());
   for (uint16_t& scale : made.scales) scale = uint16_t(generator() % 0x5000);  // zero, subnormal, up to 32
   return made;
 }
@@ -54,12 +59,13 @@ bool equal(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-const char* first_difference(const Kernels& kernels, int64_t rows, Inputs inputs, int64_t bits, bool extreme) {
+const char* first_difference(const Kernels& kernels, int64_t rows, Inputs inputs, int64_t bits, bool extreme,
+                             bool asymmetric) {
   std::vector<float> x(rows * inputs.count);
   for (float& value : x) value = extreme ? (generator() % 2 ? 127.0f : -127.0f) : normal();
   Rows here = quantized(kernels, x, rows, inputs), there = quantized(kPortable, x, rows, inputs);
   if (!equal(here.codes, there.codes) || !equal(here.scales, there.scales) || !equal(here.sums, there.sums)) return "quantize";
-  const Matrix weights = matrix(inputs, bits, extreme);
+  const Matrix weights = matrix(inputs, bits, extreme, asymmetric);
   const Tile first = weights.tile(0, inputs, bits), second = weights.tile(1, inputs, bits);
   const Products &mine = products_of(kernels, bits), &theirs = products_of(kPortable, bits);
   const int64_t stride = 2 * kTileOutputs;
@@ -138,10 +144,11 @@ int main() {
   for (int64_t bits : {2, 3, 4, 8}) {
     for (int64_t group : {32, 64, 128}) {
       for (int64_t rows = 1; rows <= kPanelRows; rows++) {
-        for (bool extreme : {false, true}) {
-          if (const char* what = first_difference(*best.kernels, rows, {3 * group, group}, bits, extreme)) {
-            std::printf("%s: %s differs with %d bits, groups of %d, %d rows%s\n", best.name, what, int(bits), int(group),
-                        int(rows), extreme ? ", extreme values" : "");
+        for (int kind = 0; kind < (bits == 8 ? 2 : 4); kind++) {
+          const bool extreme = kind % 2, asymmetric = kind / 2;
+          if (const char* what = first_difference(*best.kernels, rows, {3 * group, group}, bits, extreme, asymmetric)) {
+            std::printf("%s: %s differs with %d bits, groups of %d, %d rows%s%s\n", best.name, what, int(bits), int(group),
+                        int(rows), extreme ? ", extreme values" : "", asymmetric ? ", zero points" : "");
             return 1;
           }
         }

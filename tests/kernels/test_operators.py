@@ -5,6 +5,7 @@ Models of one node are built here; `true_*` say in float64 what they must comput
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from corral.graphs.quantize.pack import pack_rows
-from corral.graphs.quantize.tiles import tile_codes, tile_scales
+from corral.graphs.quantize.tiles import tile_codes, tile_scales, tile_zeros
 from corral.kernels import find_library
 from corral.spec.cpu_ops import DOMAIN
 
@@ -38,29 +39,40 @@ EXAMPLES = 8 if LIBRARY in os.environ else 30
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized matrix [outputs, inputs]: codes of 2, 3, 4 or 8 bits, scales [outputs, groups] that fp16 can hold."""
+    """A quantized matrix [outputs, inputs]: codes of 2, 3, 4 or 8 bits, scales [outputs, groups] that fp16 can hold, and
+    where codes are asymmetric zero points of the scales' shape.
+    """
 
     codes: Array
     scales: Array
     bits: int = 4
+    zeros: Array | None = None
 
     @property
     def values(self) -> Array:
         """What it stands for, in float64."""
         group = self.codes.shape[1] // self.scales.shape[1]
-        signed = self.codes.astype(np.float64) - (1 << (self.bits - 1))
+        zeros = np.full(self.scales.shape, 1 << (self.bits - 1)) if self.zeros is None else self.zeros
+        signed = self.codes.astype(np.float64) - np.repeat(zeros, group, axis=1)
         return signed * np.repeat(self.scales.astype(np.float64), group, axis=1)
 
     @property
     def stored(self) -> tuple[Array, Array]:
         return tile_codes(self.codes, bits=self.bits), tile_scales(self.scales)
 
+    @property
+    def stored_zeros(self) -> Array | None:
+        return None if self.zeros is None else tile_zeros(self.zeros)
 
-def random_matrix(rng: np.random.Generator, outputs: int, inputs: int, group: int, bits: int = 4) -> Matrix:
+
+def random_matrix(
+    rng: np.random.Generator, outputs: int, inputs: int, group: int, bits: int = 4, asymmetric: bool = False
+) -> Matrix:
     codes = rng.integers(1, 1 << bits, (outputs, inputs), dtype=np.uint8)
     spread = 5 * 2.0 ** (bits - 4)
     scales = (rng.uniform(0.5, 1.5, (outputs, inputs // group)) / spread / np.sqrt(inputs)).astype(np.float16)
-    return Matrix(codes, scales.astype(np.float32), bits)
+    zeros = rng.integers(0, 1 << bits, scales.shape, dtype=np.uint8) if asymmetric else None
+    return Matrix(codes, scales.astype(np.float32), bits, zeros)
 
 
 def quantized(weight: Array, group: int) -> Matrix:
@@ -75,9 +87,14 @@ def stacked(matrices: Sequence[Matrix]) -> tuple[Array, Array]:
     return np.stack(codes), np.stack(scales)
 
 
+def stacked_zeros(matrices: Sequence[Matrix]) -> Array | None:
+    zeros = [matrix.stored_zeros for matrix in matrices]
+    return None if zeros[0] is None else np.stack(zeros)  # type: ignore[arg-type]
+
+
 def session(
     op: str,
-    weights: Sequence[Array],
+    weights: Sequence[Array | None],
     activations: Sequence[str] = ("x",),
     *,
     domain: str = DOMAIN,
@@ -86,15 +103,17 @@ def session(
     types: dict[str, int] | None = None,
     **attributes: Any,
 ) -> ort.InferenceSession:
-    """A session of one node: its weights are w0, w1, …, its `inputs` the activations and these unless said otherwise."""
-    names = [f"w{i}" for i in range(len(weights))]
+    """A session of one node: its weights are w0, w1, …, its `inputs` the activations and these unless said otherwise. A
+    weight that is None is left out.
+    """
+    names = ["" if weight is None else f"w{i}" for i, weight in enumerate(weights)]
     node = helper.make_node(op, inputs or [*activations, *names], ["y"], domain=domain, **attributes)
     graph = helper.make_graph(
         [node],
         "one",
         [helper.make_tensor_value_info(name, (types or {}).get(name, FLOAT), None) for name in activations],
         [helper.make_tensor_value_info("y", FLOAT, None)],
-        [numpy_helper.from_array(array, name) for array, name in zip(weights, names, strict=True)],
+        [numpy_helper.from_array(array, name) for array, name in zip(weights, names, strict=True) if array is not None],
     )
     imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
@@ -109,18 +128,20 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512_vnni")
 
 
 def matmul(matrix: Matrix, x: Array, **options: Any) -> Array:
-    return session("TiledMatMul", matrix.stored, bits=matrix.bits, **options).run(None, {"x": x})[0]
+    weights = (*matrix.stored, matrix.stored_zeros)
+    return session("TiledMatMul", weights, bits=matrix.bits, **options).run(None, {"x": x})[0]
 
 
 def feed_forward(gate_up: Matrix, down: Matrix, x: Array, **options: Any) -> Array:
     bits: dict[str, Any] = {"gate_up_bits": gate_up.bits, "down_bits": down.bits}
-    return session("TiledFeedForward", (*gate_up.stored, *down.stored), **bits, **options).run(None, {"x": x})[0]
+    weights = (*gate_up.stored, *down.stored, gate_up.stored_zeros, down.stored_zeros)
+    return session("TiledFeedForward", weights, **bits, **options).run(None, {"x": x})[0]
 
 
 def experts(
     gate_up: Sequence[Matrix], down: Sequence[Matrix], x: Array, logits: Array, k: int = 1, **options: Any
 ) -> Array:
-    weights = (*stacked(gate_up), *stacked(down))
+    weights = (*stacked(gate_up), *stacked(down), stacked_zeros(gate_up), stacked_zeros(down))
     bits: dict[str, Any] = {"gate_up_bits": gate_up[0].bits, "down_bits": down[0].bits}
     return session("TiledExperts", weights, ("x", "logits"), k=k, **bits, **options).run(
         None, {"x": x, "logits": logits}
@@ -136,7 +157,8 @@ def moe(
     k: int,
     **options: Any,
 ) -> Array:
-    weights = (*stacked(gate_up), *stacked(down), *shared[0].stored, *shared[1].stored)
+    zeros = [stacked_zeros(gate_up), stacked_zeros(down), *(matrix.stored_zeros for matrix in shared)]
+    weights = (*stacked(gate_up), *stacked(down), *shared[0].stored, *shared[1].stored, *zeros)
     bits: dict[str, Any] = {"gate_up_bits": gate_up[0].bits, "down_bits": down[0].bits}
     bits |= {"shared_gate_up_bits": shared[0].bits, "shared_down_bits": shared[1].bits}
     return session("TiledMoE", weights, ("x", "logits"), k=k, **bits, **options).run(None, {"x": x, "logits": logits})[
@@ -197,19 +219,21 @@ SHAPES = st.tuples(
     st.integers(0, 1000),  # seed
 )
 ALL_BITS = (2, 3, 4, 8)
-BITS = st.sampled_from(ALL_BITS)
+# Bits, and whether there are zero points.
+CODES_OF = tuple((bits, asymmetric) for bits in ALL_BITS for asymmetric in (False, True) if bits < 8 or not asymmetric)
+CODES_OF_BOTH = st.tuples(st.sampled_from(CODES_OF), st.sampled_from(CODES_OF))
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@given(shape=SHAPES, bits=BITS)
+@given(shape=SHAPES, codes=st.sampled_from(CODES_OF))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_a_matrix_product_is_that_of_the_rounded_activations(
-    forced: Forced, instruction_set: str, shape: tuple[int, int, int, int, int], bits: int
+    forced: Forced, instruction_set: str, shape: tuple[int, int, int, int, int], codes: tuple[int, bool]
 ) -> None:
     """Given int8 activations, only float32 sums over groups are inexact."""
     tokens, tiles, groups, group, seed = shape
     rng = np.random.default_rng(seed)
-    matrix = random_matrix(rng, 16 * tiles, groups * group, group, bits)
+    matrix = random_matrix(rng, 16 * tiles, groups * group, group, *codes)
     x = random_batch(rng, tokens, groups * group)
     with forced(instruction_set):
         got = matmul(matrix, x)
@@ -226,31 +250,35 @@ def test_the_largest_codes_do_not_overflow(
     x = np.full((5, 256), sign * 127, np.float32)
     with forced(instruction_set):
         assert (matmul(matrix, x) == sign * 127 * 256 * (code - (1 << (bits - 1)))).all()
+        for zero in (0, 2**bits - 1) if bits < 8 else ():
+            asymmetric = dataclasses.replace(matrix, zeros=np.full((16, 2), zero, np.uint8))
+            assert (matmul(asymmetric, x) == sign * 127 * 256 * (code - zero)).all()
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@given(shape=SHAPES, experts_and_k=st.sampled_from(((1, 1), (4, 1), (5, 2), (3, 3))), bits=st.tuples(BITS, BITS))
+@given(shape=SHAPES, experts_and_k=st.sampled_from(((1, 1), (4, 1), (5, 2), (3, 3))), codes=CODES_OF_BOTH)
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_experts_and_feed_forward_compute_their_definition(
     forced: Forced,
     instruction_set: str,
     shape: tuple[int, int, int, int, int],
     experts_and_k: tuple[int, int],
-    bits: tuple[int, int],
+    codes: tuple[tuple[int, bool], tuple[int, bool]],
 ) -> None:
-    """Within what int8 activations cost: 3 % in the norm even for one token and small groups."""
+    """With activations rounded to int8: where one is nearly between two codes it may become the other."""
     tokens, tiles, groups, group, seed = shape
     count, k = experts_and_k
     rng = np.random.default_rng(seed)
     hidden, width = groups * group, tiles * 128
-    gate_up = [random_matrix(rng, 2 * width, hidden, group, bits[0]) for _ in range(count)]
-    down = [random_matrix(rng, hidden, width, group, bits[1]) for _ in range(count)]
+    gate_up = [random_matrix(rng, 2 * width, hidden, group, *codes[0]) for _ in range(count)]
+    down = [random_matrix(rng, hidden, width, group, *codes[1]) for _ in range(count)]
     x, logits = random_batch(rng, tokens, hidden), rng.standard_normal((tokens, count)).astype(np.float32)
     with forced(instruction_set):
         routed = experts(gate_up, down, x, logits, k)
         dense = feed_forward(gate_up[0], down[0], x)
-    assert relative_error(routed, true_experts(gate_up, down, x, logits, k)) < 0.03
-    assert relative_error(dense, true_feed_forward(gate_up[0], down[0], x)) < 0.03
+    see = functools.partial(rounded, group=group)
+    assert relative_error(routed, true_experts(gate_up, down, x, logits, k, see)) < 3e-3
+    assert relative_error(dense, true_feed_forward(gate_up[0], down[0], x, see)) < 3e-3
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -349,7 +377,7 @@ def test_shared_and_routed_experts_at_once_are_the_sum_of_both(tokens: int, k: i
         [random_matrix(rng, 64, 32, 32) for _ in range(4)],
         [random_matrix(rng, 32, 32, 32) for _ in range(4)],
     )
-    shared = random_matrix(rng, 128, 32, 32, 8), random_matrix(rng, 32, 64, 32, 3)
+    shared = random_matrix(rng, 128, 32, 32, 8), random_matrix(rng, 32, 64, 32, 3, True)
     x, logits = random_batch(rng, tokens, 32), rng.standard_normal((tokens, 4)).astype(np.float32)
     want = feed_forward(*shared, x)
     for choice in np.argsort(-logits, axis=-1)[:, :k].T:  # added one by one, as a token's order of choices says
@@ -367,11 +395,11 @@ def test_a_shared_expert_of_another_width_of_tokens_is_refused() -> None:
         moe(*experts_of, shared, np.zeros((1, 32), np.float32), np.zeros((1, 1), np.float32), 1)
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(forced: Forced, bits: int) -> None:
+@pytest.mark.parametrize("codes", CODES_OF)
+def test_bits_depend_neither_on_batch_nor_threads_nor_instruction_set(forced: Forced, codes: tuple[int, bool]) -> None:
     rng = np.random.default_rng(5)
-    gate_up = [random_matrix(rng, 2 * 160, 96, 32, bits) for _ in range(6)]
-    down = [random_matrix(rng, 96, 160, 32, bits) for _ in range(6)]
+    gate_up = [random_matrix(rng, 2 * 160, 96, 32, *codes) for _ in range(6)]
+    down = [random_matrix(rng, 96, 160, 32, *codes) for _ in range(6)]
     x, logits = random_batch(rng, 67, 96), rng.standard_normal((67, 6)).astype(np.float32)
     assert len(set(logits.argmax(-1))) == 6
 
@@ -438,6 +466,22 @@ def test_weights_that_do_not_fit_are_refused_when_the_session_opens(codes: Array
     with pytest.raises(Exception, match="TiledMatMul: the matrix") as refused:
         session("TiledMatMul", (codes, scales), bits=4)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "bits"),
+    [
+        (np.zeros((4, 2, 16), np.uint8), 4),
+        (np.zeros((4, 1, 8), np.uint8), 4),
+        (np.zeros((4, 2, 8), np.float16), 4),
+        (np.zeros((4, 1, 8), np.uint8), 8),
+    ],
+)
+def test_zero_points_that_do_not_fit_are_refused(zeros: Array, bits: int) -> None:
+    scales = SCALES if bits == 4 else SCALES[:, :1]
+    says = "TiledMatMul: the matrix: zero points .* codes of at most 4 bits|Type .* is invalid"
+    with pytest.raises(Exception, match=says):
+        session("TiledMatMul", (CODES, scales, zeros), bits=bits)
 
 
 @pytest.mark.parametrize("bits", [-4, 0, 1, 5, 16])

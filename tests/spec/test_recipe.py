@@ -19,14 +19,14 @@ from corral.spec.target import TARGETS
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_toml_round_trip(target: str, group_size: int, tmp_path: Path) -> None:
-    for weights in TARGETS[target].weights:
-        kernels = "corral" if weights in ("int3", "int2") else "stock"
-        recipe = Recipe(
-            target=target, weights=weights, group_size=group_size, requantize=group_size == 64, kernels=kernels
-        )
-        (tmp_path / "recipe.toml").write_text(recipe.to_toml())
-        assert read_recipe(tmp_path / "recipe.toml") == recipe
-        assert Recipe.from_json(recipe.to_json()) == recipe
+    for kernels, schemes in TARGETS[target].kernels.items():
+        for weights in schemes:
+            recipe = Recipe(
+                target=target, weights=weights, group_size=group_size, requantize=group_size == 64, kernels=kernels
+            )
+            (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+            assert read_recipe(tmp_path / "recipe.toml") == recipe
+            assert Recipe.from_json(recipe.to_json()) == recipe
 
 
 RULES = (
@@ -58,6 +58,27 @@ def test_later_rules_beat_earlier_ones_key_by_key(weight: str, expected: tuple[s
     assert (found.weights, found.group_size, found.method, found.rules) == (*expected, ())
 
 
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("layers.0.feed_forward.experts.down_proj", ("int4", True)),
+        ("layers.0.self_attn.k_proj.weight", ("int4", False)),
+        ("layers.0.self_attn.q_proj.weight", ("int8", False)),  # without a word: they have no zero points
+        ("lm_head.weight", ("fp32", False)),
+    ],
+)
+def test_codes_are_asymmetric_where_they_can_be_and_no_rule_says_otherwise(
+    weight: str, expected: tuple[str, bool]
+) -> None:
+    rules = (
+        Rule(matrices="layers.*.self_attn.k_proj", asymmetric=False),
+        Rule(matrices="layers.*.self_attn.q_proj", weights="int8"),
+        Rule(matrices="lm_head", weights="fp32"),
+    )
+    found = Recipe(asymmetric=True, rules=rules).of(weight)
+    assert (found.weights, found.asymmetric) == expected
+
+
 def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('weights = "int8"\ngroup_size = 32\n')
     assert read_recipe(tmp_path / "recipe.toml", group_size=64, weights=None) == Recipe(weights="int8", group_size=64)
@@ -87,9 +108,9 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
         ({"kernels": "corral", "target": "portable"}, r'kernels "corral" are not known for target portable'),
         (
             {"kernels": "corral", "weights": "fp32"},
-            r'kernels "corral" compute int8, int4, int3, int2 weights, not fp32',
+            r'kernels "corral" compute int8, int4, int3, int2 weights, not fp32. Use --kernels stock',
         ),
-        ({"weights": "int3"}, r"ONNX Runtime has no kernels for int3 weights. Use --kernels corral"),
+        ({"weights": "int3"}, r'"stock" compute fp32, int8, int4 weights, not int3. Use --kernels corral'),
         ({"rules": {"matrices": "lm_head"}}, "rules is {'matrices': 'lm_head'}, expected a list"),
         ({"rules": [{"weights": "int8"}]}, r"rule 1 is {'weights': 'int8'}; expected a table with `matrices`"),
         ({"rules": [{"matrices": "*", "bits": 8}]}, r'rule 1: key "bits" is not known; expected matrices'),
@@ -105,6 +126,21 @@ def test_options_win_over_the_file_unless_they_are_not_given(tmp_path: Path) -> 
             {"target": "tensorrt", "method": "awq", "rules": [{"matrices": "lm_head", "weights": "fp8"}]},
             r'rule for "lm_head": method awq scales inputs that matrices share',
         ),
+        ({"asymmetric": 1}, "asymmetric is 1, expected a bool"),
+        (
+            {"asymmetric": True, "weights": "int8"},
+            "asymmetric codes have up to 4 bits, and int8 weights were asked for",
+        ),
+        (
+            {"asymmetric": True, "weights": "fp32"},
+            "up to 4 bits, and fp32 weights were asked for. Leave asymmetric out",
+        ),
+        ({"asymmetric": True, "target": "cuda"}, "target cuda take no zero points. .* use target portable, cpu"),
+        ({"asymmetric": True, "target": "tensorrt"}, "target tensorrt take no zero points"),
+        (
+            {"rules": [{"matrices": "*", "weights": "int8", "asymmetric": True}]},
+            r'rule for "\*": asymmetric codes have up to 4 bits',
+        ),
         ({"groupsize": 32}, 'key "groupsize" is not known; expected target'),
     ],
     ids=str,
@@ -115,7 +151,7 @@ def test_refusals(data: dict[str, Any], reason: str) -> None:
 
 
 def test_a_target_refuses_weights_it_cannot_run() -> None:
-    unsupported = [(t, w) for t, target in TARGETS.items() for w in SCHEMES if w not in target.weights]
+    unsupported = [(t, w) for t, target in TARGETS.items() for w in SCHEMES if w not in target.all_weights]
     assert unsupported, "every target takes everything: this test sees nothing"
     for target, weights in unsupported:
         with pytest.raises(InputError, match=rf"target {target} does not take {weights} weights; it takes"):

@@ -58,19 +58,20 @@ def test_the_recipe_says_of_each_matrix_what_was_chosen(
             found = recipe.of(name)
             assert (found.weights, found.method) == (choice.weights, choice.method)
             assert choice.weights == "fp32" or found.group_size == choice.group_size
-    text = recipe_text(recipe, head=["Made by a test."], remarks=["so"] * len(recipe.rules))
+    assert all({rule.method, rule.group_size} == {None} for rule in recipe.rules if rule.weights == "fp32")
+    text = recipe_text(recipe, head=["Made by a test."], rest="Else.", remarks=["so"] * len(recipe.rules))
     assert Recipe.from_json(tomllib.loads(text)) == recipe
     table = next(part for part in chosen if part.is_table)
     assert chosen[table].weights == "fp32" or recipe.rules[-1].matches(EMBEDDING)
 
 
 def test_with_kernels_of_corral_the_recipe_itself_is_quantized(tiny_config: Callable[[str], dict[str, Any]]) -> None:
-    chosen = {
-        part: CHOICES[3 if part.kind.startswith("layers.*.self_attn") else 0] for part in parts(tiny_config("scout"))
-    }
+    """Even where most parts are not: those have no kernels of corral's, and a recipe that is all theirs is refused."""
+    chosen = {part: CHOICES[0 if part.is_experts else 3] for part in parts(tiny_config("scout"))}
     recipe = as_recipe(Recipe(kernels="corral"), chosen)
     assert (recipe.kernels, recipe.weights) == ("corral", "int4")
-    assert all(recipe.of(name).weights == choice.weights for part, choice in chosen.items() for name in part.parameters)
+    for part, choice in chosen.items():
+        assert part.is_table or {recipe.of(name).weights for name in part.parameters} == {choice.weights}
 
 
 def test_what_most_layers_have_is_one_line(tiny_config: Callable[[str], dict[str, Any]]) -> None:
@@ -81,8 +82,17 @@ def test_what_most_layers_have_is_one_line(tiny_config: Callable[[str], dict[str
             chosen[part] = CHOICES[1 if part.layer == 3 else 2]
     recipe = as_recipe(Recipe(), chosen)
     assert [rule.matrices for rule in recipe.rules] == ["layers.*.self_attn.o_proj", "layers.3.self_attn.o_proj"]
-    assert recipe_text(recipe, head=[], remarks=["usual", "one"]).splitlines()[-3:] == [
-        '  { matrices = "layers.*.self_attn.o_proj", weights = "int8", group_size = 128, method = "rtn" },  # usual',
+    assert recipe_text(recipe, head=[], rest="", remarks=["usual", "one"]).splitlines()[-3:] == [
+        '  { matrices = "layers.*.self_attn.o_proj", weights = "int8", group_size = 128, method = "rtn" },      # usual',
         '  { matrices = "layers.3.self_attn.o_proj", weights = "int4", group_size = 128, method = "rtn-mse" },  # one',
         "]",
     ]
+
+
+def test_what_one_layer_has_is_said_of_that_layer(tiny_config: Callable[[str], dict[str, Any]]) -> None:
+    found = parts(tiny_config("two_layers"))
+    chosen = dict.fromkeys(found, CHOICES[0])
+    outs = [part for part in found if part.kind == "layers.*.self_attn.o_proj"]
+    chosen |= {outs[0]: CHOICES[1], outs[1]: CHOICES[2]}
+    recipe = as_recipe(Recipe(), chosen)
+    assert [rule.matrices for rule in recipe.rules[:2]] == ["layers.0.self_attn.o_proj", "layers.1.self_attn.o_proj"]

@@ -25,7 +25,6 @@ from corral.tune.recipe_file import as_recipe
 from corral.tune.select import Limit, select
 from corral.tune.sensitivity import Meter
 from corral.tune.sizes import Sizes
-from corral.tune.speed import Speed
 from corral.tune.tune import tune
 from corral.tune.tuned import Budget, Tried, Tuned
 from corral.validate import compare
@@ -133,27 +132,6 @@ def test_a_divergence_is_kept(tiny_checkpoint: TinyCheckpoint, generous: Tuned) 
     tuned = tune(tiny_checkpoint("two_layers"), Budget(what="kl", limit=limit), FEW, tokens=512)
     assert 0.3 * limit < tuned.kl <= limit
     assert tuned.bytes < generous.bytes / 2
-
-
-def test_speed_is_estimated_and_what_is_too_fast_refused(tiny_checkpoint: TinyCheckpoint) -> None:
-    tuned = tune(tiny_checkpoint("two_layers"), Budget(what="tokens-per-second", limit=0.01), FEW, tokens=512)
-    assert tuned.tokens_per_second is not None and tuned.tokens_per_second > 0.01
-    assert tuned.kl == 0  # so slow that all may be float32
-
-
-def test_what_a_token_reads_and_how_long_that_takes(tiny_checkpoint: TinyCheckpoint) -> None:
-    checkpoint = open_checkpoint(tiny_checkpoint("topk2"))
-    sizes = Sizes(checkpoint, FEW)
-    parts = parts_of(checkpoint.config, checkpoint.names)[1:5]
-    stored = [sizes.stored(part, ("int4", 32)) for part in parts]
-    assert stored[1] == 64 * 64 * 5 // 8  # the projection out of attention: 4 bits, and 32 for each 32 weights
-    # Two experts of eight.
-    assert sizes.share_read(parts_of(checkpoint.config, checkpoint.names)[0]) == 0  # one row of the embedding
-    assert sizes.read(dict.fromkeys(parts, INT4)) == sum(stored[:3]) + stored[3] * 2 / 8
-    speed = Speed(fixed=0.1, per_byte=0.001)
-    assert speed.tokens_per_second(400) == 2.0
-    assert speed.most_read(2.0) == pytest.approx(400)
-    assert speed.most_read(20.0) < 0
 
 
 COARSE, FINE = (Choice(weights="int4", group_size=size, method="rtn") for size in (128, 32))

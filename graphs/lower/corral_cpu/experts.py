@@ -7,7 +7,7 @@ from onnx_ir import tape
 from corral.exporter.capture import SCOPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.exporter.ops.moe import NAME
-from corral.graphs.lower.corral_cpu.stored import import_kernels, store_tiles
+from corral.graphs.lower.corral_cpu.stored import import_kernels, store_tiles, two_matrices
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.graphs.quantize.quantized_weight import find_quantized
 from corral.spec import cpu_ops
@@ -34,8 +34,8 @@ def lower_experts(work: ModelAndPlan) -> bool:
                 "and int8. Leave the rule for them out, or use --kernels stock."
             )
         build = tape.Tape()
-        stored = [*store_tiles(work, gate_up), *store_tiles(work, down)]
         attributes = {"k": node.attributes["k"].as_int(), "gate_up_bits": gate_up.bits, "down_bits": down.bits}
-        y = build.op(EXPERTS, [x, logits, *stored], attributes, domain=cpu_ops.DOMAIN)
+        weights = two_matrices(store_tiles(work, gate_up), store_tiles(work, down))
+        y = build.op(EXPERTS, [x, logits, *weights], attributes, domain=cpu_ops.DOMAIN)
         work.replace_node(node, build.nodes, [y])
     return bool(nodes)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from corral.graphs.lower.corral_cpu.matmul import MATMUL
+from corral.graphs.lower.corral_cpu.stored import two_matrices
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_stored
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.spec.cpu_ops import DOMAIN
@@ -57,10 +58,11 @@ def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
             f"{halves[0].weight} and {halves[1].weight} are quantized in different ways; corral's CPU kernels take them "
             "as one matrix. Use --kernels stock."
         )
-    x, *down_weights = gate.inputs[0], *down.inputs[1:]
+    x, down_weights = gate.inputs[0], down.inputs[1:]
     build = tape.Tape()
     bits = {"gate_up_bits": gate.attributes["bits"].as_int(), "down_bits": down.attributes["bits"].as_int()}
-    y = build.op(FEED_FORWARD, [x, *merge_stored(work, [gate, up]), *down_weights], bits, domain=DOMAIN)
+    weights = two_matrices(merge_stored(work, [gate, up]), down_weights)
+    y = build.op(FEED_FORWARD, [x, *weights], bits, domain=DOMAIN)
     work.replace_node(down, build.nodes, [y])
     work.graph.remove([product, silu, sigmoid, gate, up], safe=True)
     return True

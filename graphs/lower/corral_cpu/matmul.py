@@ -1,4 +1,4 @@
-"""MatMul(x, DequantizeLinear(codes, scales)) -> corral.cpu::TiledMatMul(x, codes, scales)."""
+"""MatMul(x, DequantizeLinear(codes, scales)) -> corral.cpu::TiledMatMul(x, codes, scales), with zero points if any."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ Add(TiledFeedForward(x, shared), TiledExperts(x, router_logits, experts))  ->  c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir import tape
 
@@ -34,10 +36,15 @@ def _join(work: ModelAndPlan, experts: ir.Node) -> bool:
     build = tape.Tape()
     y = build.op(
         MOE,
-        [*experts.inputs, *shared.inputs[1:]],
+        [*experts.inputs[:6], *shared.inputs[1:5], *_zeros(experts.inputs[6:], shared.inputs[5:])],
         {name: attribute.as_int() for name, attribute in experts.attributes.items()} | bits,
         domain=DOMAIN,
     )
     work.replace_node(add, build.nodes, [y])
     work.graph.remove([experts, shared], safe=True)
     return True
+
+
+def _zeros(experts: Sequence[ir.Value | None], shared: Sequence[ir.Value | None]) -> list[ir.Value | None]:
+    """Zero points of all four matrices, or nothing where there are none."""
+    return [value for own in (experts, shared) for value in own or (None, None)] if experts or shared else []

@@ -1,8 +1,9 @@
-"""A quantized weight in the layout of corral's CPU kernels: codes and scales in tiles of 16 outputs."""
+"""A quantized weight in the layout of corral's CPU kernels: codes, scales and zero points in tiles of 16 outputs."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -19,7 +20,8 @@ def import_kernels(work: ModelAndPlan) -> None:
 
 
 def store_tiles(work: ModelAndPlan, weight: QuantizedWeight) -> list[ir.Value]:
-    """Store [..., inputs, outputs] as codes [..., tiles, 2 * bits * inputs] and fp16 scales [..., tiles, groups, 16].
+    """Store [..., inputs, outputs] as codes [..., tiles, 2 * bits * inputs] and fp16 scales [..., tiles, groups, 16]; where
+    codes are asymmetric, there are zero points [..., tiles, groups, 8], in pairs.
 
     Raises InputError where the outputs are not whole tiles.
     """
@@ -44,4 +46,17 @@ def store_tiles(work: ModelAndPlan, weight: QuantizedWeight) -> list[ir.Value]:
         cut="rows",
         cut_multiple=TILE_OUTPUTS,
     )
-    return weight.store(work, codes, scales)
+    zeros = weight.zeros and dataclasses.replace(
+        weight.zeros.with_layout(step("tile_zeros")),
+        dtype="uint8",
+        shape=(*experts, tiles, groups, TILE_OUTPUTS // 2),
+        cut="rows",
+        cut_multiple=TILE_OUTPUTS,
+    )
+    return weight.store(work, codes, scales, zeros)
+
+
+def two_matrices(first: Sequence[ir.Value | None], second: Sequence[ir.Value | None]) -> list[ir.Value | None]:
+    """The inputs of an operator with two matrices, as `store_tiles` gives them: zero points come last, in either's place."""
+    zeros = [stored[2] if len(stored) > 2 else None for stored in (first, second)]
+    return [*first[:2], *second[:2], *(zeros if any(zeros) else [])]

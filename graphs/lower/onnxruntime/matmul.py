@@ -54,4 +54,11 @@ def _stored(work: ModelAndPlan, weight: QuantizedWeight) -> list[ir.Value]:
     scales = dataclasses.replace(
         weight.scales.with_layout(step("rows", dtype="float32")), shape=(outputs, groups), cut="rows", cut_multiple=1
     )
-    return weight.store(work, codes, scales)
+    zeros = weight.zeros and dataclasses.replace(
+        weight.zeros.with_layout(step("pack_zero_rows")),
+        dtype="uint8",
+        shape=(outputs, (groups + 1) // 2),
+        cut="rows",
+        cut_multiple=1,
+    )
+    return weight.store(work, codes, scales, zeros)

@@ -38,9 +38,9 @@ def merge_matmul(work: ModelAndPlan) -> bool:
 
 
 def merge_stored(work: ModelAndPlan, nodes: Sequence[ir.Node]) -> list[ir.Value]:
-    """The weights of several products as those of one: codes and scales, the rows of all in order."""
+    """The weights of several products as those of one: codes, scales and zero points if any, the rows of all in order."""
     weights = []
-    for i in (1, 2):  # codes, scales
+    for i in range(1, len(nodes[0].inputs)):
         entries = [entry for node in nodes if (entry := work.entry_of(node.inputs[i]))]
         weights.append(work.merge_weights(entries, _joined(entries)))
     return weights

@@ -36,6 +36,7 @@ SWIGLU: dict[str, int | float | str] = {
     "normalize_routing_weights": 1,
     "k": 1,
 }
+NO_THIRD_MATRIX = (None, None, None)  # codes, scales and bias that other models' experts have
 
 
 def lower_moe(work: ModelAndPlan) -> bool:
@@ -82,10 +83,10 @@ class _Experts:
         quantized = find_quantized(work, gate_up), find_quantized(work, down)
         self.op = "MoE"
         self.attributes: dict[str, int | float | str] = dict(SWIGLU)
-        if len({weight and (weight.bits, weight.group_size) for weight in quantized}) > 1:
+        if len({weight and (weight.bits, weight.group_size, weight.zeros is None) for weight in quantized}) > 1:
             raise InputError(
-                f"{gate_up.name} and {down.name}, of the same experts, are stored with different weights or group sizes, and "
-                "ONNX Runtime's kernel wants them alike. Let one rule of the recipe match both."
+                f"{gate_up.name} and {down.name}, of the same experts, are stored with different weights, group sizes or zero "
+                "points, and ONNX Runtime's kernel wants them alike. Let one rule of the recipe match both."
             )
         if quantized[0] and quantized[1]:
             self.op = "QMoE"
@@ -98,12 +99,11 @@ class _Experts:
                 self.attributes["weights_prepacked"] = (
                     0  # as here; by default CUDA expects CUTLASS's order of the bytes
                 )
-            self.weights = [
-                *_stored_quantized(work, quantized[0], interleave=True),
-                None,
-                *_stored_quantized(work, quantized[1], interleave=False),
-                None,
-            ]
+            into = _stored_quantized(work, quantized[0], interleave=True)
+            back = _stored_quantized(work, quantized[1], interleave=False)
+            self.weights = [*into[:2], None, *back[:2], None]
+            if zeros := [*into[2:], *back[2:]]:
+                self.weights += [*NO_THIRD_MATRIX, *zeros]
         else:
             self.weights = [_stored_float(work, gate_up, True), None, _stored_float(work, down, False), None]
 
@@ -127,7 +127,12 @@ def _stored_quantized(work: ModelAndPlan, weight: QuantizedWeight, *, interleave
     scales = dataclasses.replace(
         _by_outputs(weight.scales, interleave), shape=(experts, outputs, inputs // weight.group_size)
     )
-    return weight.store(work, codes, scales)
+    zeros = weight.zeros and dataclasses.replace(
+        _by_outputs(weight.zeros, interleave).with_layout(step("pack_zero_rows")),
+        dtype="uint8",
+        shape=(experts, outputs, (inputs // weight.group_size + 1) // 2),
+    )
+    return weight.store(work, codes, scales, zeros)
 
 
 def _stored_float(work: ModelAndPlan, value: ir.Value, interleave: bool) -> ir.Value:

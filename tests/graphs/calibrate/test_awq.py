@@ -160,8 +160,8 @@ def test_a_matrix_cut_by_rows_is_quantized_as_a_whole_one(tiny_checkpoint: TinyC
 
     def codes(rows: tuple[int, int]) -> np.ndarray:
         part = dataclasses.replace(piece, rows=rows)
-        how = {"bits": 4, "group_size": 32, "min_tokens": 1}
-        return awq(checkpoint.read(part), statistics=statistics.of(part), **how)["codes"]
+        values, seen = checkpoint.read(part), statistics.of(part)
+        return awq(values, bits=4, group_size=32, min_tokens=1, statistics=seen)["codes"]
 
     stop = piece.rows[1]
     np.testing.assert_array_equal(np.concatenate([codes((0, 48)), codes((48, stop))]), codes((0, stop)))
