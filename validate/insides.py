@@ -129,15 +129,36 @@ def _tapped(bundle: Bundle, record: GraphRecord) -> Any:
     nodes = {node.name: node for node in model.graph.node}
     names = inside_names(bundle.manifest.model, range(record.first_layer, record.end_layer))
     for name in names:
-        value = _value(nodes, name)
-        if value is None:
+        node = _experts_alone(nodes, name) or _identity(nodes, name)
+        if node is None:
             raise InputError(
                 f"{bundle.path(record.path)} does not name what layer {name.split('.')[1]} computes, so nobody can look "
                 "inside. Compile the checkpoint again with this version of corral."
             )
-        model.graph.node.append(onnx.helper.make_node("Identity", [value], [name]))
+        model.graph.node.append(node)
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     return Tap(model.SerializeToString(), tuple(names))
+
+
+def _experts_alone(nodes: dict[str, Any], name: str) -> Any:
+    """Where an operator has added the shared expert's answer already: the one that computes without it."""
+    import onnx
+
+    layer, _, part = name.rpartition(".")
+    both = nodes.get(f"{layer}.feed_forward.TiledMoE")
+    if part != "experts" or both is None:
+        return None
+    inputs = [*both.input[:6], *both.input[10:12]]  # x, router logits, codes and scales; zero points
+    attributes = {attribute.name: attribute.i for attribute in both.attribute}
+    routed = {key: value for key, value in attributes.items() if not key.startswith("shared_")}
+    return onnx.helper.make_node("TiledExperts", inputs, [name], domain=both.domain, **routed)
+
+
+def _identity(nodes: dict[str, Any], name: str) -> Any:
+    import onnx
+
+    value = _value(nodes, name)
+    return None if value is None else onnx.helper.make_node("Identity", [value], [name])
 
 
 def _value(nodes: dict[str, Any], name: str) -> str | None:

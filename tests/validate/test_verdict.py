@@ -101,6 +101,10 @@ def test_the_sums_of_a_layer_are_found_where_a_norm_is_part_of_them(
         assert mine.attention.signal_to_noise == pytest.approx(theirs.attention.signal_to_noise, abs=3)
         assert mine.after.signal_to_noise == pytest.approx(theirs.after.signal_to_noise, abs=3)
         assert mine.attention.gain == pytest.approx(1, abs=0.2)
+        assert mine.feed_forward.signal_to_noise == pytest.approx(theirs.feed_forward.signal_to_noise, abs=3)
+        for expert, same in zip(mine.experts, theirs.experts, strict=True):
+            if expert.both > 20 and same.both > 20:
+                assert expert.answer.signal_to_noise == pytest.approx(same.answer.signal_to_noise, abs=5)
 
 
 def test_floats_differ_by_rounding_only_and_every_expert_is_counted(
