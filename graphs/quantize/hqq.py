@@ -2,8 +2,8 @@
 
 Badri & Shaji 2023 (HQQ): minimize the sum of |w - s q|^p, p < 1, by splitting off an error e and minimizing
 |e|^p + beta/2 (w - s q - e)^2 for e, which shrinks (a generalized soft threshold), and for the quantizer's parameter, in
-turn, while beta grows. HQQ moves the zero point and leaves the scale. Here the scale moves, s = <q, w - e> / <q, q>, for
-codes are symmetric; where they are not, the zero point moves before it, to the nearest code.
+turn, while beta grows. HQQ moves the zero point and leaves the scale. Here the scale moves, s = <q, w - e> / <q, q>: codes
+are symmetric, or their zero points are codes themselves, whose nearest the search before has found.
 """
 
 from __future__ import annotations
@@ -28,35 +28,27 @@ def hqq(
     zero_points = zeros_of(zeros, scales, bits)
     for block in row_blocks(*weight.shape):
         groups = weight[block].reshape(-1, scales.shape[1], group_size)
-        scales[block], zero_points[block] = _refine(groups, scales[block], zero_points[block], bits, asymmetric)
-    return encoded(weight, (scales, zero_points.astype(np.uint8) if asymmetric else None), bits=bits)
+        scales[block] = _refine(groups, scales[block], zero_points[block][..., None], bits)
+    return encoded(weight, (scales, zeros), bits=bits)
 
 
 def _refine(
-    groups: NDArray[np.float32], start: NDArray[np.float32], zero: NDArray[np.float32], bits: int, moves: bool
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Better scales and zero points [rows, groups] of a block [rows, groups, group_size]; each group keeps the best it came
-    by. `moves`: zero points do.
-    """
-    top = np.float32((1 << bits) - 1)
+    groups: NDArray[np.float32], start: NDArray[np.float32], zeros: NDArray[np.float32], bits: int
+) -> NDArray[np.float32]:
+    """Better scales [rows, groups] of a block [rows, groups, group_size]; each group keeps the best it came by."""
     relative = groups / start[..., None]  # in steps of the scale to begin with
     scale = np.ones(start.shape, np.float32)
-    best, least = (scale, zero), np.full(start.shape, np.inf, np.float32)
+    best, least = scale, np.full(start.shape, np.inf, np.float32)
     for i in range(ROUNDS):
-        codes = nearest_codes(relative, scale[..., None], bits, zero[..., None])
+        codes = nearest_codes(relative, scale[..., None], bits, zeros)
         error = relative - codes * scale[..., None]
         size = np.abs(error)
         loss = (size**NORM).sum(axis=2)
-        best = np.where(loss < least, scale, best[0]), np.where(loss < least, zero, best[1])
-        least = np.minimum(loss, least)
+        best, least = np.where(loss < least, scale, best), np.minimum(loss, least)
         threshold = np.maximum(size, np.float32(1e-8)) ** (NORM - 1) / np.float32(BETA * BETA_GROWTH**i)
         error = np.sign(error) * np.maximum(size - threshold, 0)
-        if moves:
-            codes += zero[..., None]
-            zero = np.clip(np.rint((codes - (relative - error) / scale[..., None]).mean(axis=2)), 0, top)
-            codes -= zero[..., None]
         power = np.einsum("rgi,rgi->rg", codes, codes)
         against = np.einsum("rgi,rgi->rg", codes, relative - error)
         found = against / np.maximum(power, 1)
-        scale = np.where(found > 0, found, best[0]).astype(np.float32)
-    return np.maximum(best[0] * start, np.finfo(np.float32).tiny), best[1]
+        scale = np.where(found > 0, found, best).astype(np.float32)
+    return np.maximum(best * start, np.finfo(np.float32).tiny)
