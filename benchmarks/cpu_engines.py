@@ -9,7 +9,7 @@ outlive its turn in the other's process. Both choose every token by its largest 
 from __future__ import annotations
 
 import json
-import re
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from peak_memory import memory
 
 if TYPE_CHECKING:
     from corral.runtime.completion import Piece
@@ -150,8 +151,7 @@ ENGINES: dict[str, Any] = {"corral": Corral, "llama.cpp": LlamaCpp}
 
 def anonymous_bytes() -> int:
     """Memory of this process that belongs to no file."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
+    return memory(os.getpid())["anonymous"]
 
 
 class Worker:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -22,13 +20,10 @@ from corral.graphs import compile
 from corral.model.checkpoint import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.runtime import LLM
-from corral.runtime.kv_cache import KvCache
-from corral.runtime.session import Step
-from corral.spec import graph_io
 from corral.spec.bundle import Bundle
-from corral.spec.kv_layout import KvLayout
 from corral.spec.recipe import Recipe
 from corral.validate.divergence import diverge, predict
+from corral.validate.engine_graph import EngineGraph, as_ready
 
 WINDOWS, WINDOW = 8, 512
 RECIPES = (
@@ -39,37 +34,15 @@ RECIPES = (
 )
 
 
-class Session:
-    """A lowered graph in ONNX Runtime, one step after the other. Higher levels of optimization break graphs with FP8."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        (record,) = bundle.manifest.graphs
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        path = str(bundle.path(record.path))
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def new_caches(self, layouts: Sequence[KvLayout], max_context: int) -> KvCache:
-        return KvCache(layouts, max_context)
-
-    def run(self, step: Step) -> np.ndarray:
-        caches = {graph_io.past_key(i): (graph_io.present_key(i), a) for i, a in enumerate(step.caches.keys)}
-        caches |= {graph_io.past_value(i): (graph_io.present_value(i), a) for i, a in enumerate(step.caches.values)}
-        feeds: dict[str, Any] = {
-            graph_io.EMBEDDINGS: step.embeddings_BSH,
-            graph_io.POSITIONS: step.positions_BS,
-            graph_io.LOGIT_ROWS: step.logit_rows_BR,
-            **{graph_io.past_length(kv_class): rows for kv_class, rows in step.past_length_B.items()},
-            **{past: array for past, (_, array) in caches.items()},
-        }
-        names = [output.name for output in self._session.get_outputs()]
-        out = dict(zip(names, self._session.run(names, feeds), strict=True))
-        for present, array in caches.values():
-            array[...] = out[present]
-        return out[graph_io.LOGITS]
-
-    def release(self) -> None: ...
+def session_of(bundle: Bundle) -> EngineGraph:
+    """The graph in ONNX Runtime. Higher levels of optimization break graphs with FP8."""
+    (record,) = bundle.manifest.graphs
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = ort.InferenceSession(str(bundle.path(record.path)), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return EngineGraph(lambda inputs: dict(zip(names, session.run(names, inputs), strict=True)))
 
 
 def main(path: str, text: str) -> None:
@@ -80,8 +53,8 @@ def main(path: str, text: str) -> None:
             bundle = compile(
                 path, Path(out) / "bundle", dataclasses.replace(recipe, max_context=WINDOW, calibration_tokens=8192)
             )
-            ready = Bundle(bundle.directory, dataclasses.replace(bundle.manifest, stage="ready"))
-            llm = LLM(ready, session=Session(ready), max_context=WINDOW)
+            ready = as_ready(bundle)
+            llm = LLM(ready, session=session_of(ready), max_context=WINDOW)
             assert llm.tokenizer is not None
             ids = np.array(llm.tokenizer.encode(Path(text).read_text())[: WINDOWS * WINDOW]).reshape(WINDOWS, WINDOW)
             means = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -161,7 +160,7 @@ def write_run(path: Path, out: Path, tokens: int, threads: int) -> None:
 
 def peak_resident_bytes() -> int:
     """Of this process since it began; getrusage would count the process that started it."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    return memory(os.getpid(), {"peak": "VmHWM"})["peak"]
 
 
 def compared(run: Path, reference: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 EVERY = 0.25  # seconds
@@ -37,14 +37,14 @@ def family(root: int) -> Iterator[int]:
         waiting += children.get(pid, [])
 
 
-def memory(pid: int) -> dict[str, int]:
-    """Bytes of one process, by field; zero where it is gone."""
+def memory(pid: int, fields: Mapping[str, str] = FIELDS) -> dict[str, int]:
+    """Bytes of one process, by the names of `fields` in its status; zero where it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         lines = []
     found = {name: value.split()[0] for name, _, value in (line.partition(":") for line in lines) if value.strip()}
-    return {field: int(found.get(name, "0")) << 10 for field, name in FIELDS.items()}
+    return {field: int(found.get(name, "0")) << 10 for field, name in fields.items()}
 
 
 def main(command: list[str]) -> int:

@@ -79,6 +79,12 @@ class ModelAndPlan:
         return self.graph.initializers[tensor.name]
 
 
+def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that makes a value, where it is of this kind."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
 # A pass rewrites in place and says whether it changed anything. One that was promised a pattern and finds none raises.
 Pass = Callable[[ModelAndPlan], bool]
 

@@ -179,7 +179,9 @@ class Engine:
         # Padding is written after a row's own tokens, where the next step writes again.
         padded = [row + row[-1:] * (width - len(row)) for row in rows]
         logits = self._run(padded, positions, self._cache.prefix(len(rows)), [list(range(width))] * len(rows))
-        largest = sampler.largest(logits.reshape(-1, logits.shape[-1]))
+        largest: list[int | None] = [None] * (len(rows) * width)
+        if any(request.only_largest for request in requests):
+            largest = sampler.largest(logits.reshape(-1, logits.shape[-1]))
         for i, (request, proposal) in enumerate(zip(requests, proposals, strict=True)):
             self._verify(request, proposal, logits[i], largest[i * width : (i + 1) * width])
 

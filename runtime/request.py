@@ -41,7 +41,7 @@ class Request:
         self._eos = tuple(eos_token_ids)
         self._decoder, self._stops = decoder, StopStrings(params.stop)
         self._at_end = not in_pieces and not params.stop
-        self._only_largest = params.only_largest
+        self.only_largest = params.only_largest
         self.generator = np.random.default_rng(params.seed)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -96,7 +96,7 @@ class Request:
         the token of the largest logit, where it is known and finite.
         """
         few = len(self.output_ids) < self.params.min_tokens
-        if largest is not None and self._only_largest:
+        if largest is not None and self.only_largest:
             token = largest
         elif proposed is None or drawn_from is None:
             token = sampler.draw(self.distribution(logits_V), self.generator.random())

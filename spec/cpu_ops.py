@@ -8,6 +8,8 @@ VERSION = 3
 DOMAIN = "corral.cpu"
 TILE_OUTPUTS = 16  # a stored matrix is cut into tiles of as many outputs
 WEIGHTS = ("int8", "int4", "int3", "int2")
+# What TiledExperts takes of TiledMoE's inputs: x, router logits, codes and scales; zero points, which are optional.
+ROUTED_INPUTS = (slice(0, 6), slice(10, 12))
 # Attention computes in lanes of as many floats, and on heads of at most so many.
 LANES, LARGEST_HEAD = 16, 256
 

@@ -30,9 +30,8 @@ class Target:
     provider: str = "cpu"  # of ONNX Runtime, which runs it unless there is an engine
     engine: str | None = None  # the module that builds
     capabilities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(
-        default_factory=dict
-    )  # weights and caches that it does not take -> why, and what to do
+    # Weights and caches that it does not take -> why, and what to do.
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:

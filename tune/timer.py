@@ -20,9 +20,8 @@ from corral.validate.latency import measure_latency
 from corral.validate.statistics import Spread
 
 Chosen = Mapping[Part, Choice]
-Timer = Callable[
-    [Sequence[Chosen]], list[Spread]
-]  # tokens per second of a build of each choice, one sequence at a time
+# Tokens per second of a build of each choice, one sequence at a time.
+Timer = Callable[[Sequence[Chosen]], list[Spread]]
 
 REPEATS = 15
 

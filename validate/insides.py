@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corral.spec.bundle import Bundle, open_bundle
+from corral.spec.cpu_ops import ROUTED_INPUTS
 from corral.spec.errors import InputError
 from corral.spec.kv_layout import KvLayout
 from corral.spec.manifest import MANIFEST_NAME, GraphRecord
@@ -148,7 +149,7 @@ def _experts_alone(nodes: dict[str, Any], name: str) -> Any:
     both = nodes.get(f"{layer}.feed_forward.TiledMoE")
     if part != "experts" or both is None:
         return None
-    inputs = [*both.input[:6], *both.input[10:12]]  # x, router logits, codes and scales; zero points
+    inputs = [value for part in ROUTED_INPUTS for value in both.input[part]]
     attributes = {attribute.name: attribute.i for attribute in both.attribute}
     routed = {key: value for key, value in attributes.items() if not key.startswith("shared_")}
     return onnx.helper.make_node("TiledExperts", inputs, [name], domain=both.domain, **routed)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.model_and_plan import ModelAndPlan, made_by
 from corral.graphs.quantize.e4m3 import BASE
 from corral.spec.weight_plan import Entry
 
@@ -64,18 +64,18 @@ def write_float(build: tape.Tape, work: ModelAndPlan, codes: ir.Value, *scales: 
 
 def find_float(work: ModelAndPlan, value: ir.Value | None) -> FloatWeight | None:
     """Such a weight behind a value, or None where it is not one."""
-    multiply = _made_by("Mul", value)
+    multiply = made_by(value, "Mul")
     gain = multiply.inputs[1] if multiply else None
     gains = work.entry_of(gain)
     if multiply is None or gain is None or gains is None or not any(step.name == "gains" for step in gains.steps):
         return None
-    transpose = _made_by("Transpose", multiply.inputs[0])
-    last = _made_by("DequantizeLinear", transpose.inputs[0]) if transpose else None
-    rounded = _made_by("QuantizeLinear", last.inputs[0]) if last else None
-    first = _made_by("DequantizeLinear", rounded.inputs[0]) if rounded else last
+    transpose = made_by(multiply.inputs[0], "Transpose")
+    last = made_by(transpose.inputs[0], "DequantizeLinear") if transpose else None
+    rounded = made_by(last.inputs[0], "QuantizeLinear") if last else None
+    first = made_by(rounded.inputs[0], "DequantizeLinear") if rounded else last
     codes = work.entry_of(first.inputs[0]) if first else None
     assert last is not None and first is not None and codes is not None, f"{gains.name} belongs to no codes"
-    scales = _made_by("DequantizeLinear", first.inputs[1])
+    scales = made_by(first.inputs[1], "DequantizeLinear")
     groups = work.entry_of(scales.inputs[0] if scales else first.inputs[1])
     return FloatWeight(codes, groups, gains, last.outputs[0], gain)
 
@@ -90,9 +90,3 @@ def _inputs(value: ir.Value) -> int:
     size = value.shape[-1] if value.shape is not None else None
     assert isinstance(size, int)
     return size
-
-
-def _made_by(operator: str, value: ir.Value | None) -> ir.Node | None:
-    """The node that makes a value, where it is of this kind."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == operator else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from corral.graphs.model_and_plan import ModelAndPlan
+from corral.graphs.model_and_plan import ModelAndPlan, made_by
 from corral.spec.weight_plan import Entry
 
 
@@ -33,8 +33,8 @@ class QuantizedWeight:
 
 def find_quantized(work: ModelAndPlan, value: ir.Value | None) -> QuantizedWeight | None:
     """The quantized weight behind a value, or None where it is not one."""
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "DequantizeLinear":
+    node = made_by(value, "DequantizeLinear")
+    if node is None:
         return None
     codes, scales = work.entry_of(node.inputs[0]), work.entry_of(node.inputs[1])
     if codes is None or scales is None:

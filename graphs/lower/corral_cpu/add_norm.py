@@ -12,7 +12,7 @@ from onnx_ir import tape
 
 from corral.exporter.capture import SCOPE
 from corral.graphs.lower.corral_cpu.stored import import_kernels
-from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent, made_by
 from corral.graphs.split_stages import stage_ranges
 from corral.spec.cpu_ops import DOMAIN
 
@@ -28,8 +28,8 @@ def lower_add_norm(work: ModelAndPlan) -> bool:
         raise PatternAbsent(f"lower_add_norm found {len(norms)} norms, expected {expected}")
     after_border = {f"layers.{first}.input_layernorm" for first, _ in stage_ranges(work)[1:]}
     for norm in norms:
-        add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-        if add is not None and add.op_type == "Add" and norm.metadata_props[SCOPE] not in after_border:
+        add = made_by(norm.inputs[0], "Add")
+        if add is not None and norm.metadata_props[SCOPE] not in after_border:
             _lower_both(work, add, norm)
         else:
             build = tape.Tape()

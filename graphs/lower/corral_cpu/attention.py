@@ -17,7 +17,7 @@ from corral.exporter.ops.attention import NOPE, ROPE
 from corral.exporter.ops.custom_op import DOMAIN
 from corral.graphs.lower.corral_cpu.stored import import_kernels
 from corral.graphs.lower.onnxruntime import attention as onnxruntime_attention
-from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent, made_by
 from corral.spec import cpu_ops, graph_io
 from corral.spec.errors import InputError
 from corral.spec.kv_layout import KV_GROUPS, stored_kv_layouts
@@ -76,8 +76,8 @@ def _store_caches(work: ModelAndPlan) -> None:
 
 def _joined(build: tape.Tape, parts: Sequence[ir.Value | None]) -> ir.Value:
     """The value that `parts` are all of, split in this order, or their concatenation."""
-    split = parts[0].producer() if parts[0] is not None else None
-    if split is not None and split.op_type == "Split" and list(split.outputs) == list(parts):
+    split = made_by(parts[0], "Split")
+    if split is not None and list(split.outputs) == list(parts):
         assert split.inputs[0] is not None
         return split.inputs[0]
     return build.op("Concat", list(parts), {"axis": -1})

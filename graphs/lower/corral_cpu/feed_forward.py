@@ -12,7 +12,7 @@ from onnx_ir import tape
 from corral.graphs.lower.corral_cpu.matmul import MATMUL
 from corral.graphs.lower.corral_cpu.stored import two_matrices
 from corral.graphs.lower.onnxruntime.merge_matmul import merge_stored
-from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent, made_by
 from corral.spec.cpu_ops import DOMAIN
 from corral.spec.errors import InputError
 from corral.spec.model_config import LayerConfig
@@ -41,11 +41,11 @@ def is_fused(work: ModelAndPlan, number: int, layer: LayerConfig) -> bool:
 
 
 def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
-    product = _made_by(down.inputs[0], "Mul")
-    silu = _made_by(product.inputs[0], "Mul") if product else None
-    up = _made_by(product.inputs[1], MATMUL) if product else None
-    gate = _made_by(silu.inputs[0], MATMUL) if silu else None
-    sigmoid = _made_by(silu.inputs[1], "Sigmoid") if silu else None
+    product = made_by(down.inputs[0], "Mul")
+    silu = made_by(product.inputs[0], "Mul") if product else None
+    up = made_by(product.inputs[1], MATMUL) if product else None
+    gate = made_by(silu.inputs[0], MATMUL) if silu else None
+    sigmoid = made_by(silu.inputs[1], "Sigmoid") if silu else None
     if not (product and silu and up and gate and sigmoid):
         return False
     if sigmoid.inputs[0] is not gate.outputs[0] or gate.inputs[0] is not up.inputs[0]:
@@ -66,8 +66,3 @@ def _fuse(work: ModelAndPlan, down: ir.Node) -> bool:
     work.replace_node(down, build.nodes, [y])
     work.graph.remove([product, silu, sigmoid, gate, up], safe=True)
     return True
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None

@@ -12,7 +12,7 @@ from onnx_ir import tape
 
 from corral.graphs.lower.corral_cpu.experts import EXPERTS
 from corral.graphs.lower.corral_cpu.feed_forward import FEED_FORWARD, is_fused
-from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent, made_by
 from corral.spec.cpu_ops import DOMAIN
 
 MOE = "TiledMoE"
@@ -29,8 +29,8 @@ def join_shared_expert(work: ModelAndPlan) -> bool:
 
 def _join(work: ModelAndPlan, experts: ir.Node) -> bool:
     (add,) = experts.outputs[0].consumers()
-    shared = next((value.producer() for value in add.inputs if value and value is not experts.outputs[0]), None)
-    if shared is None or shared.op_type != FEED_FORWARD or shared.inputs[0] is not experts.inputs[0]:
+    shared = next((node for value in add.inputs if (node := made_by(value, FEED_FORWARD))), None)
+    if shared is None or shared.inputs[0] is not experts.inputs[0]:
         return False
     bits = {f"shared_{name}": shared.attributes[name].as_int() for name in ("gate_up_bits", "down_bits")}
     build = tape.Tape()

@@ -26,7 +26,7 @@ from corral.exporter.ops.custom_op import DOMAIN, VERSION
 from corral.exporter.ops.moe import NAME
 from corral.graphs.engine.kernels.launch import MoeShape, buffers, refusal
 from corral.graphs.engine.plugins.moe import NAMESPACE, PLUGINS
-from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
+from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent, made_by
 from corral.graphs.quantize.float_weight import find_float
 from corral.graphs.quantize.fragments import TILE_OUTPUTS
 from corral.graphs.quantize.quantized_weight import find_quantized
@@ -161,8 +161,8 @@ def _quantizer(entry: Entry) -> tuple[Step, ...]:
 
 def _before_cast(value: ir.Value | None) -> ir.Value | None:
     """The router's own float32, not the 16 bits that `lower_precision` gives a node that it does not know."""
-    node = value.producer() if value is not None else None
-    return node.inputs[0] if node is not None and node.op_type == "Cast" else value
+    cast = made_by(value, "Cast")
+    return cast.inputs[0] if cast else value
 
 
 def _ints(work: ModelAndPlan, *numbers: int) -> ir.Value:

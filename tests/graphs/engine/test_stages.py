@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from corral.runtime import LLM, SamplingParams
 from corral.spec import graph_io
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.recipe import Recipe
+from corral.validate.engine_graph import as_ready
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -29,7 +29,7 @@ def staged(checkpoint: Path, out: Path, stages: int) -> Bundle:
 
 def graphs_of(bundle: Bundle) -> LLM:
     """The bundle run as if it had its engines: its graphs, in their places."""
-    return LLM(Bundle(bundle.directory, dataclasses.replace(bundle.manifest, stage="ready")))
+    return LLM(as_ready(bundle))
 
 
 @pytest.mark.parametrize("form", ["scout", "maverick"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from corral.runtime import LLM
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.errors import InputError
 from corral.spec.recipe import Recipe
+from corral.validate.engine_graph import as_ready
 
 DEMO = Path(__file__).parents[4] / "demo" / "demo-scout"
 Checkpoint = Callable[[str], Path]
@@ -38,8 +38,7 @@ def weights_of(bundle: Bundle) -> dict[str, np.ndarray]:
 
 def score(bundle: Bundle) -> np.ndarray:
     """Logits of random tokens, the lowered graph in the engine's place."""
-    ready = dataclasses.replace(bundle.manifest, stage="ready")
-    return LLM(Bundle(bundle.directory, ready)).score(np.random.default_rng(3).integers(0, 256, 40))
+    return LLM(as_ready(bundle)).score(np.random.default_rng(3).integers(0, 256, 40))
 
 
 @pytest.mark.parametrize(("weights", "method"), [("fp16", "rtn"), ("int4", "rtn"), ("int4", "gptq"), ("int4", "awq")])

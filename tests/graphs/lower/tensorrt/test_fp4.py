@@ -20,11 +20,11 @@ from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Llama4Text
 from corral.runtime import LLM
 from corral.runtime.session import Session
-from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
 from corral.spec.quant_scheme import SCHEMES
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
+from corral.validate.engine_graph import as_ready
 
 TOLERANCE = 4e-3  # of the logits' scale, as in test_lowering.py: float16 has 11 bits
 Checkpoint = Callable[[str], Path]
@@ -52,11 +52,6 @@ def reference(directory: Path) -> Llama4Text:
     return model
 
 
-def as_ready(bundle: Bundle) -> Bundle:
-    """A lowered bundle as if it had its engine: its graph is run in the engine's place."""
-    return Bundle(bundle.directory, dataclasses.replace(bundle.manifest, stage="ready"))
-
-
 @pytest.mark.parametrize(("form", "tiles"), [("scout", 1), ("topk2", 1), ("topk2", 2), ("guard", 1)])
 def test_the_graph_computes_what_pytorch_computes_with_the_same_numbers(
     tiny_checkpoint: Checkpoint,
@@ -70,7 +65,7 @@ def test_the_graph_computes_what_pytorch_computes_with_the_same_numbers(
     recipe = Recipe(target="tensorrt-rtx", weights="nvfp4", max_context=64, expert_tiles=tiles, group_size=32)
     bundle = as_ready(compile(tiny_checkpoint(form), tmp_path / "out", recipe))
     model = reference(tiny_checkpoint(form))
-    ids = clearly_routed(model, 24) if form != "guard" else list(range(24))
+    ids = clearly_routed(model, 24)
     with torch.no_grad():
         want = model.logits(torch.tensor([ids]))[0].numpy()
     got = LLM(bundle, session=evaluator(bundle), max_context=64).score(ids)

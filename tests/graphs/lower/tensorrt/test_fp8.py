@@ -13,12 +13,11 @@ import dataclasses
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -39,14 +38,11 @@ from corral.model.checkpoint.open import open_checkpoint
 from corral.model.checkpoint.reference import load_reference
 from corral.model.text import Experts, Llama4Text
 from corral.runtime import LLM
-from corral.runtime.kv_cache import KvCache
-from corral.runtime.session import Step
-from corral.spec import graph_io
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.errors import InputError
-from corral.spec.kv_layout import KvLayout
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
+from corral.validate.engine_graph import EngineGraph, Values, as_ready
 
 DEMO = Path(__file__).parents[4] / "demo" / "demo-scout"
 FP8 = Recipe(target="tensorrt-rtx", weights="fp8", max_context=128, calibration_tokens=1024)
@@ -61,10 +57,11 @@ Checkpoint = Callable[[str], Path]
 Lowered = Callable[[str], Path]
 
 
-class Recording:
+class Recording(EngineGraph):
     """A session over the lowered graph that keeps what it rounds to FP8: name -> (before, after) for each step."""
 
     def __init__(self, bundle: Bundle) -> None:
+        super().__init__(self._recorded)
         (record,) = bundle.manifest.graphs
         model = onnx.load(bundle.path(record.path), load_external_data=False)
         made = {name: node for node in model.graph.node for name in node.output}
@@ -91,27 +88,11 @@ class Recording:
         where.unlink()
         self.steps: list[dict[str, np.ndarray]] = []
 
-    def new_caches(self, layouts: Sequence[KvLayout], max_context: int) -> KvCache:
-        return KvCache(layouts, max_context)
-
-    def run(self, step: Step) -> np.ndarray:
-        caches = {graph_io.past_key(i): (graph_io.present_key(i), a) for i, a in enumerate(step.caches.keys)}
-        caches |= {graph_io.past_value(i): (graph_io.present_value(i), a) for i, a in enumerate(step.caches.values)}
-        feeds: dict[str, Any] = {
-            graph_io.EMBEDDINGS: step.embeddings_BSH,
-            graph_io.POSITIONS: step.positions_BS,
-            graph_io.LOGIT_ROWS: step.logit_rows_BR,
-            **{graph_io.past_length(kv_class): rows for kv_class, rows in step.past_length_B.items()},
-            **{past: array for past, (_, array) in caches.items()},
-        }
+    def _recorded(self, inputs: Values) -> Values:
         names = [output.name for output in self._session.get_outputs()]
-        out = dict(zip(names, self._session.run(names, feeds), strict=True))
-        for present, array in caches.values():
-            array[...] = out[present]
+        out = dict(zip(names, self._session.run(names, inputs), strict=True))
         self.steps.append(out)
-        return out[graph_io.LOGITS]
-
-    def release(self) -> None: ...
+        return out
 
     def rounded(self, name: str) -> tuple[Tensor, Tensor]:
         """What was rounded at `name`, before and after, [tokens, inputs]; of experts one row a visit."""
@@ -236,7 +217,7 @@ def test_the_graph_computes_what_pytorch_computes_with_the_same_fp8_numbers(
         rules = (Rule(matrices="*.experts.*", weights=experts),) if experts != weights else ()
         compile(directory, tmp_path / "out", dataclasses.replace(FP8, weights=weights, rules=rules, group_size=32))
     bundle = open_bundle((tmp_path / "out").resolve())
-    bundle = Bundle(bundle.directory, dataclasses.replace(bundle.manifest, stage="ready"))
+    bundle = as_ready(bundle)
     recording = Recording(bundle)
     ids = np.random.default_rng(1).integers(0, 256, 37).tolist()
     got = LLM(bundle, session=recording, max_context=128).score(ids)

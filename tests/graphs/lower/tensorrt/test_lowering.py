@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,14 +23,15 @@ from corral.runtime.onnxruntime_session import OnnxRuntimeSession
 from corral.runtime.session import CacheView, Step
 from corral.spec.bundle import Bundle, open_bundle
 from corral.spec.recipe import Recipe
+from corral.validate.engine_graph import as_ready
 
 CHUNK, GROUP = 16, 32
 FORMS = ("scout", "maverick", "guard", "topk2")
 WEIGHTS = ("fp16", "int4")
 TOLERANCE = 4e-3  # of the logits' scale: float16 has 11 bits; 0.9e-3 to 1.5e-3 is seen
-ROUTING_GAP = 3e-3  # of router logits; 5e-4 was seen to be rounded away
 Checkpoint = Callable[[str], Path]
 TinyBundle = Callable[[str, str, str], Path]
+ClearlyRouted = Callable[[Llama4Text, int], list[int]]
 
 
 def round_to_nearest(matrix: torch.Tensor) -> torch.Tensor:
@@ -58,36 +58,12 @@ def opened(directory: Path) -> Bundle:
     """The lowered bundle as if it had its engine: its graph is run in the engine's place."""
     bundle = open_bundle(directory)
     assert bundle.manifest.stage == "lowered"
-    return Bundle(directory, dataclasses.replace(bundle.manifest, stage="ready"))
+    return as_ready(bundle)
 
 
 def reference_logits(directory: Path, weights: str, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
         return reference(directory, weights).logits(torch.tensor([ids]))[0].numpy()
-
-
-def clearly_routed_ids(model: Llama4Text, count: int) -> list[int]:
-    """Random tokens for which no rounding decides on an expert: one more or less is another answer, not a coarser one."""
-    chosen, gaps = model.config.num_experts_per_tok, []
-
-    def note(router: torch.nn.Module, inputs: Any, logits_TE: torch.Tensor) -> None:
-        ordered = logits_TE.sort(-1, descending=True).values
-        gaps.append((ordered[..., chosen - 1] - ordered[..., chosen]).min().item())
-
-    routers = [module for name, module in model.named_modules() if name.endswith("router")]
-    hooks = [router.register_forward_hook(note) for router in routers]
-    try:
-        for seed in range(1000):
-            ids = np.random.default_rng([count, seed]).integers(0, 256, count).tolist()
-            gaps.clear()
-            with torch.no_grad():
-                model.logits(torch.tensor([ids]))
-            if min(gaps, default=1.0) > ROUTING_GAP:
-                return ids
-    finally:
-        for hook in hooks:
-            hook.remove()
-    raise AssertionError("no clearly routed tokens")
 
 
 def assert_close(got: np.ndarray, want: np.ndarray) -> None:
@@ -97,12 +73,12 @@ def assert_close(got: np.ndarray, want: np.ndarray) -> None:
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_prefill_equals_the_reference_around_chunk_boundaries(
-    tiny_checkpoint: Checkpoint, tiny_bundle: TinyBundle, form: str, weights: str
+    tiny_checkpoint: Checkpoint, tiny_bundle: TinyBundle, clearly_routed: ClearlyRouted, form: str, weights: str
 ) -> None:
     bundle = opened(tiny_bundle(form, "tensorrt-rtx", weights))
     llm = LLM(bundle, session=OnnxRuntimeSession(bundle, threads=1), max_context=128)
     for count in (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5):
-        ids = clearly_routed_ids(reference(tiny_checkpoint(form), weights), count)
+        ids = clearly_routed(reference(tiny_checkpoint(form), weights), count)
         assert_close(llm.score(ids), reference_logits(tiny_checkpoint(form), weights, ids))
 
 
@@ -128,14 +104,14 @@ def one_step(
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("form", ["scout", "topk2"])
 def test_decode_of_rows_at_different_positions_equals_the_reference(
-    tiny_checkpoint: Checkpoint, tiny_bundle: TinyBundle, form: str, weights: str
+    tiny_checkpoint: Checkpoint, tiny_bundle: TinyBundle, clearly_routed: ClearlyRouted, form: str, weights: str
 ) -> None:
     """Each row is decoded alone up to its own position, then all together across a chunk boundary for some of them."""
     bundle = opened(tiny_bundle(form, "tensorrt-rtx", weights))
     session, embed = OnnxRuntimeSession(bundle, threads=1), EmbeddingTable(bundle)
     lengths, together = [1, CHUNK - 2, CHUNK - 1, CHUNK, 2 * CHUNK + 3], 4
     model = reference(tiny_checkpoint(form), weights)
-    ids = [clearly_routed_ids(model, length + together) for length in lengths]
+    ids = [clearly_routed(model, length + together) for length in lengths]
     cache = KvCache(bundle.manifest.kv, 128)
     cache.reserve(len(ids), 128)
     for slot, length in enumerate(lengths):

@@ -5,7 +5,6 @@ The sources are compiled for the CPU, as docs/kernels.md says. So all is run but
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from corral.spec.bundle import Bundle
 from corral.spec.errors import CheckFailed
 from corral.spec.recipe import Recipe
 from corral.spec.rule import Rule
+from corral.validate.engine_graph import as_ready
 
 TOLERANCE = 4e-3  # of the logits' scale, as in test_lowering.py: float16 has 11 bits
 Checkpoint = Callable[[str], Path]
@@ -68,7 +68,7 @@ def compiled(checkpoint: Path, out: Path, weights: str, **more: Any) -> Bundle:
     recipe = Recipe(target="tensorrt", weights=weights, group_size=32, calibration_tokens=1024, **more)
     bundle = compile(checkpoint, out, recipe)
     assert bundle.manifest.stage == "lowered"
-    return Bundle(out, dataclasses.replace(bundle.manifest, stage="ready"))
+    return as_ready(bundle)
 
 
 def graph_of(bundle: Bundle) -> onnx.GraphProto:
