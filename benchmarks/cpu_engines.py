@@ -159,16 +159,14 @@ class Worker:
 
     def __init__(self, engine: str, model: Path, threads: int, peer: Path | None) -> None:
         more = [str(peer)] if engine == "llama.cpp" else []
-        started = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, __file__, engine, str(model), str(threads), *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""},  # compiled modules are kept, as for users
         )
         self.opened = self._read()
-        self.run(Test(1, 16, 2))
-        self.cold_to_second_token = time.perf_counter() - started  # interpreter, imports, opening, 16 tokens, one more
 
     def run(self, test: Test) -> Result:
         return Result(**self._ask(test))

@@ -21,12 +21,12 @@ from corral.graphs.lower.tensorrt import moe as tensorrt_moe
 from corral.graphs.lower.tensorrt.capacity import fix_capacity
 from corral.graphs.lower.tensorrt.fp8 import lower_fp8_matmul
 from corral.graphs.lower.tensorrt.join_matmul import join_matmul
-from corral.graphs.lower.tensorrt.logit_rows import gather_logit_rows
 from corral.graphs.lower.tensorrt.plugin_moe import lower_plugin_moe
 from corral.graphs.model_and_plan import ModelAndPlan, Pass
 from corral.graphs.passes.clean_up import clean_up
 from corral.graphs.passes.fold_weight_transposes import fold_weight_transposes
 from corral.graphs.passes.fuse_rms_norm_weight import fuse_rms_norm_weight
+from corral.graphs.passes.gather_logit_rows import gather_logit_rows
 from corral.graphs.passes.name_nodes import name_nodes
 from corral.graphs.quantize.quantize import quantize_weights
 
@@ -41,7 +41,7 @@ class Phase:
     passes: tuple[Pass, ...]
 
 
-SIMPLIFY = Phase("simplify", (clean_up, fold_weight_transposes, fuse_rms_norm_weight, clean_up))
+SIMPLIFY = Phase("simplify", (clean_up, fold_weight_transposes, fuse_rms_norm_weight, gather_logit_rows, clean_up))
 QUANTIZE = Phase("quantize", (quantize_weights,))
 TENSORRT = Phase(
     "lower",
@@ -51,7 +51,6 @@ TENSORRT = Phase(
         tensorrt_moe.lower_moe,
         join_matmul,
         lower_fp8_matmul,
-        gather_logit_rows,
         clean_up,
         lower_precision,
         lower_plugin_moe,

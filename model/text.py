@@ -183,6 +183,11 @@ class ChunkedAttention(nn.Module):
         return visible
 
 
+def pick_rows(x_BSH: Tensor, rows_BR: Tensor | None) -> Tensor:
+    """The tokens [B, R, H] that `rows_BR` points to; all of them where it is None."""
+    return x_BSH if rows_BR is None else x_BSH.gather(1, rows_BR[..., None].expand(-1, -1, x_BSH.shape[-1]))
+
+
 class Attention(nn.Module):
     """Grouped-query attention: projections around `ChunkedAttention`."""
 
@@ -202,14 +207,18 @@ class Attention(nn.Module):
         past_key: Tensor | None,
         past_value: Tensor | None,
         past_length_B: Tensor | None,
+        rows_BR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         query, key, value = self.q_proj(x_BSH), self.k_proj(x_BSH), self.v_proj(x_BSH)
         out, key, value = self.core(query, key, value, rotary, positions_BS, past_key, past_value, past_length_B)
-        return self.o_proj(out), key, value
+        return self.o_proj(pick_rows(out, rows_BR)), key, value
 
 
 class DecoderLayer(nn.Module):
-    """One residual block: attention, then MoE or a dense MLP, as `layer` says."""
+    """One residual block: attention, then MoE or a dense MLP, as `layer` says.
+
+    `rows_BR` are the tokens to answer for: all are attended to, and what comes after attention is computed for these alone.
+    """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
@@ -226,12 +235,13 @@ class DecoderLayer(nn.Module):
         past_key: Tensor | None,
         past_value: Tensor | None,
         past_length_B: Tensor | None,
+        rows_BR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         attended, key, value = self.self_attn(
-            self.input_layernorm(x_BSH), rotary, positions_BS, past_key, past_value, past_length_B
+            self.input_layernorm(x_BSH), rotary, positions_BS, past_key, past_value, past_length_B, rows_BR
         )
-        x_BSH = x_BSH + attended
-        return x_BSH + self.feed_forward(self.post_attention_layernorm(x_BSH)), key, value
+        x_BRH = pick_rows(x_BSH, rows_BR) + attended
+        return x_BRH + self.feed_forward(self.post_attention_layernorm(x_BRH)), key, value
 
 
 class Llama4Text(nn.Module):
@@ -268,17 +278,19 @@ class Llama4Text(nn.Module):
         logit_rows_BR: Tensor | None = None,  # int64 indices into S; None: all
         past: Past | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return (logits [B, R, V], present keys, present values); the presents are empty without a `past`."""
+        """Return (logits [B, R, V], present keys, present values); the presents are empty without a `past`.
+
+        Only the last layer's tokens that logits are computed of go through its feed-forward: a prompt asks for one.
+        """
         rotary = self.rotary(positions_BS)
         x_BSH, keys, values = embeddings_BSH, [], []
         for i, (layer, facts) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             cache = (past.keys[i], past.values[i], past.length_B[facts.kv_class]) if past else (None, None, None)
-            x_BSH, key, value = layer(x_BSH, rotary, positions_BS, *cache)
+            rows_BR = logit_rows_BR if i == len(self.layers) - 1 else None
+            x_BSH, key, value = layer(x_BSH, rotary, positions_BS, *cache, rows_BR)
             if past:
                 keys.append(key)
                 values.append(value)
-        if logit_rows_BR is not None:
-            x_BSH = x_BSH.gather(1, logit_rows_BR[..., None].expand(-1, -1, x_BSH.shape[-1]))
         return self.lm_head(self.norm(x_BSH)), keys, values
 
     def logits(self, token_ids_BS: Tensor) -> Tensor:

@@ -53,6 +53,16 @@ class Activations {
     }
   }
 
+  // Quantizes one group of the rows of a panel, `values` [rows, group].
+  void quantize_group(const Kernels& kernels, const PanelPlace& place, int64_t group, const float* values) {
+    const Panel whole = panel(place);
+    const int64_t at = group * place.rows;
+    const Panel into{whole.codes + at * inputs_.group, whole.scales + at, whole.sums + at, place.rows};
+    for (int64_t row = 0; row < place.rows; row++) {
+      if (!kernels.quantize(values + row * inputs_.group, 1.0f, {inputs_.group, inputs_.group}, into, row)) finite_ = false;
+    }
+  }
+
   // To be called when all panels are quantized. Throws where a value was not finite: it would silently have become some
   // other number.
   void check(const char* what) const {

@@ -14,7 +14,7 @@ struct ExpertPanels {
   size_t first, end;
 };
 
-// One call, in four steps. The tasks of a step are independent of each other.
+// One call, in three steps. The tasks of a step are independent of each other.
 class Passage {
  public:
   Passage(const Kernels& kernels, const float* x, const FeedForwardCall& call)
@@ -24,7 +24,6 @@ class Passage {
         x_(x),
         call_(call),
         tokens_(rows(), gate_up().inputs),
-        h_(rows() * width()),
         activated_(rows(), down().inputs) {
     const int64_t count = rows();
     for (int64_t begin = 0, end; begin < count; begin = end) {
@@ -46,23 +45,22 @@ class Passage {
         [&](int64_t row) { return call_.visits[row].gain; });
   }
 
+  // Some groups of the activated values, for all rows of an expert.
   void gate_up_task(size_t task) {
     const int64_t tasks = tasks_an_expert(pairs(), pairs_a_task()), begin = int64_t(task) % tasks * pairs_a_task();
+    const int64_t end = std::min(begin + pairs_a_task(), pairs()), group = down().inputs.group;
     const ExpertPanels& mine = experts_[task / tasks];
-    alignas(64) float both[kPanelRows * 2 * kTileOutputs];
+    alignas(64) float both[kPanelRows * 2 * kTileOutputs], h[kPanelRows * kLargestGroup];
     for (size_t p = mine.first; p < mine.end; p++) {
       const Panel panel = tokens_.panel(places_[p]);
-      for (int64_t t = begin; t < std::min(begin + pairs_a_task(), pairs()); t++) {
+      for (int64_t t = begin; t < end; t++) {
+        const int64_t column = t * kTileOutputs % group;
         into_.two_tiles(gate_up().tile(mine.expert, t), gate_up().tile(mine.expert, pairs() + t), panel, gate_up().inputs,
                         both, 2 * kTileOutputs);
-        kernels_.swiglu(both, panel.rows, h_.get() + places_[p].first * width() + t * kTileOutputs, width());
+        kernels_.swiglu(both, panel.rows, h + column, group);
+        if (column + kTileOutputs == group) activated_.quantize_group(kernels_, places_[p], t * kTileOutputs / group, h);
       }
     }
-  }
-
-  void quantize_activated(size_t panel) {
-    activated_.quantize(
-        kernels_, places_[panel], [&](int64_t row) { return h_.get() + row * width(); }, [](int64_t) { return 1.0f; });
   }
 
   void down_task(size_t task) {
@@ -101,7 +99,7 @@ class Passage {
   int64_t hidden() const { return call_.weights.hidden(); }
   int64_t width() const { return call_.weights.width(); }
   int64_t pairs() const { return gate_up().tiles / 2; }
-  int64_t pairs_a_task() const { return rows() == 1 ? 8 : 2; }
+  int64_t pairs_a_task() const { return kLargestGroup / kTileOutputs; }  // a whole number of groups
   int64_t tiles_a_task() const { return rows() == 1 ? 8 : 4; }
 
   const Kernels& kernels_;
@@ -111,7 +109,6 @@ class Passage {
   std::vector<PanelPlace> places_;
   std::vector<ExpertPanels> experts_;
   Activations tokens_;
-  Buffer<float> h_;
   Activations activated_;
 };
 
@@ -172,8 +169,8 @@ void feed_forward(const Kernels& kernels, const ort::Workers& workers, const flo
   }
   step(workers, passages, kQuantizing * into, &Passage::panels, &Passage::quantize_tokens);
   for (const Passage& passage : passages) passage.check_tokens();
-  step(workers, passages, 2 * products / kProductsAtOnce, &Passage::gate_up_tasks, &Passage::gate_up_task);
-  step(workers, passages, kQuantizing * between, &Passage::panels, &Passage::quantize_activated);
+  step(workers, passages, 2 * products / kProductsAtOnce + kQuantizing * between, &Passage::gate_up_tasks,
+       &Passage::gate_up_task);
   for (const Passage& passage : passages) passage.check_activated();
   step(workers, passages, products / kProductsAtOnce, &Passage::down_tasks, &Passage::down_task);
 }

@@ -26,7 +26,7 @@ CONTEXT = 64
 TOLERANCE = 3e-3
 # What onnxruntime-gpu 1.31.1 has CUDA kernels for, of what the graphs hold: docs/cuda.md tells how that was found.
 ON_CUDA = {
-    "": "Add Cast CastLike Concat Cos Div Equal Expand Floor Gather GatherElements Log MatMul Mul RMSNormalization Reshape "
+    "": "Add Cast CastLike Concat Cos Div Equal Expand Floor Gather GatherND Log MatMul Mul RMSNormalization Reshape "
     "RotaryEmbedding Shape Sigmoid Sin Split TopK Unsqueeze",
     "com.microsoft": "GroupQueryAttention MatMulNBits QMoE",
 }

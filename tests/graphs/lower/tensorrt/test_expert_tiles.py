@@ -95,7 +95,10 @@ def test_tiles_of_fp8_answer_as_the_whole_does(tiny_checkpoint: Checkpoint, tmp_
 
 
 def test_an_engine_writes_one_tile_at_a_time(tmp_path: Path) -> None:
-    """The demo in four tiles: a kernel for each that writes a quarter of what one kernel writes for the whole."""
+    """The demo in four tiles: a kernel for each that writes a quarter of what one kernel writes for the whole.
+
+    Of a prompt the last layer has one row, for which nothing is written out.
+    """
     pytest.importorskip("tensorrt_rtx")
     recipe = Recipe(target="tensorrt-rtx", weights="int4", group_size=64, expert_tiles=4)
     compile(DEMO, tmp_path / "out", recipe)
@@ -109,7 +112,8 @@ def test_an_engine_writes_one_tile_at_a_time(tmp_path: Path) -> None:
             layer = kernel["layers"][0].partition(".feed_forward")[0]
             half = [tensor["known_bytes"] for tensor in kernel["writes"] if tensor["type"] == "half"]
             by_layer.setdefault(layer, []).append(sum(half))
-        assert by_layer == {f"layers.{i}": [3 * 256 * 64 * 2] * 4 for i in range(4)}
+        layers = range(4 - (profile["name"] == "prefill"))
+        assert by_layer == {f"layers.{i}": [3 * 256 * 64 * 2] * 4 for i in layers}
 
 
 def test_tiles_that_do_not_fit_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

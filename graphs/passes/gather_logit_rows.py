@@ -13,15 +13,18 @@ from onnx_ir import tape
 from corral.graphs.model_and_plan import ModelAndPlan, PatternAbsent
 from corral.spec import graph_io
 
+GATHERS = 2  # in the last layer: what is attended to, and the residual stream
+
 
 def gather_logit_rows(work: ModelAndPlan) -> bool:
-    """Rewrite the one gather. Raises PatternAbsent where it is not there."""
+    """Rewrite the gathers of the rows that logits are computed of. Raises PatternAbsent unless both are there."""
     nodes = list(work.nodes("GatherElements"))
-    if len(nodes) != 1:
-        raise PatternAbsent(f"gather_logit_rows found {len(nodes)} GatherElements, expected 1")
+    if len(nodes) != GATHERS:
+        raise PatternAbsent(f"gather_logit_rows found {len(nodes)} GatherElements, expected {GATHERS}")
     rows = next(value for value in work.graph.inputs if value.name == graph_io.LOGIT_ROWS)
-    build = tape.Tape()
     last = work.constant(ir.tensor(np.array([-1]), name="last_axis"))
-    chosen = build.op("GatherND", [nodes[0].inputs[0], build.op("Unsqueeze", [rows, last])], {"batch_dims": 1})
-    work.replace_node(nodes[0], build.nodes, [chosen])
+    for node in nodes:
+        build = tape.Tape()
+        chosen = build.op("GatherND", [node.inputs[0], build.op("Unsqueeze", [rows, last])], {"batch_dims": 1})
+        work.replace_node(node, build.nodes, [chosen])
     return True
