@@ -8,7 +8,7 @@ are medians of `--repeats` with their range; `ratio` is corral's median over lla
 the first chosen one, `decode at D` one sequence with D tokens behind it, `B sequences` their tokens together. The share of
 the roofline is bytes of weights a token touches times tokens a second, over the bandwidth that this machine had just
 before and after the sample. What lies 8k and 32k behind ends a little before the end of a chunk of 8192 tokens: there a rope
-layer sees the most. Accuracy is not measured here: benchmarks/llama_cpp_accuracy.py does, on a trained model.
+layer sees the most. What accuracy on a text costs says benchmarks/llama_cpp_accuracy.py, of a trained model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cpu_engines import Result, Test, Worker
-from cpu_shapes import SHAPES, bundle_of, checkpoint_of, experts_visited, gguf_bytes_per_token, gguf_of, touched_bytes
-from llama_cpp_peer import VERSION, build
+from cpu_shapes import (
+    SAME_GROUP,
+    SAME_VALUES,
+    SHAPES,
+    bundle_of,
+    checkpoint_of,
+    experts_visited,
+    gguf_bytes_per_token,
+    gguf_of,
+    touched_bytes,
+)
+from llama_cpp_peer import VERSION, Peer, build
 
 from corral.spec.bundle import open_bundle
 from corral.spec.machine import usable_cores
@@ -40,6 +51,7 @@ PREFILL, DEPTHS, SEQUENCES = (128, 512, 2048), (16, 7936, 32512), (4, 8, 16)
 DEEP = 2048  # tokens: prompts from here on are read once, and each round writes on where the one before ended
 PEER_CHUNK = 8192  # tokens: the only attention chunk that llama.cpp has
 LEAST_VISITED = 0.75  # of a layer's experts, by 512 random tokens: otherwise figures say nothing about real routing
+KL_WINDOWS = 4
 BANDWIDTH_MIB = 256  # far more than caches hold; too little to push a model's file out of memory
 
 
@@ -64,19 +76,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument(
+        "--same-values",
+        action="store_true",
+        help=f"Both with the same codes and scales, in groups of {SAME_GROUP}: Q4_0 written by corral's rounding.",
+    )
+    parser.add_argument(
+        "--kl", action="store_true", help="Of every build to the checkpoint in float32, which must fit."
+    )
     parser.add_argument("--depth", type=int, action="append", help="Of decoding; may be given several times.")
+    parser.add_argument("--only", action="append", metavar="TEST", help="Of the tests; may be given several times.")
     parser.add_argument("--stock", action="store_true", help="ONNX Runtime's own kernels, too.")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     peer, directory = build(options.work / "llama.cpp"), options.work / options.shape
     checkpoint = checkpoint_of(options.shape, options.work)
-    stock = bundle_of(checkpoint, directory, "stock", options.group_size)
+    group_size, quants = (SAME_GROUP, (SAME_VALUES,)) if options.same_values else (options.group_size, QUANTS)
+    stock = bundle_of(checkpoint, directory, "stock", group_size)
     if (visited := experts_visited(stock)) and visited[0] < LEAST_VISITED * visited[1]:
         sys.exit(f"only {visited[0]} of {visited[1]} experts were visited: no figure would mean anything")
-    ours = {"corral": bundle_of(checkpoint, directory, "corral", options.group_size)}
+    ours = {"corral": bundle_of(checkpoint, directory, "corral", group_size)}
     ours |= {"corral, stock kernels": stock} if options.stock else {}
     contestants = [Contestant(name, "corral", path, touched_bytes(open_bundle(path))) for name, path in ours.items()]
-    for quant in QUANTS:
+    for quant in quants:
         path = gguf_of(checkpoint, directory, peer, quant)
         contestants.append(Contestant(f"llama.cpp {quant}", "llama.cpp", path, gguf_bytes_per_token(path, peer)))
     start = partial(Worker, threads=options.threads, peer=peer.directory)
@@ -84,6 +106,7 @@ def main() -> None:
     workers = {one.name: start(one.engine, one.model) for one in contestants}
     memory = {name: worker.memory() for name, worker in workers.items()}
     tests = tests_of(open_bundle(stock).manifest.model, options.depth or DEPTHS, 1 + options.repeats)
+    tests = {name: test for name, test in tests.items() if not options.only or name in options.only}
     bandwidth = partial(measure_bandwidth, options.work, options.threads)
     samples, after = {}, {}
     for name, test in tests.items():
@@ -106,12 +129,38 @@ def main() -> None:
             }
             for one in contestants
         },
+        "group_size": group_size,
         "experts_visited": visited,
         "machine": {"cpu": cpu(), "threads": options.threads, "llama-cpp-python": VERSION},
     }
     for worker in workers.values():
         worker.close()
+    if options.kl:
+        report["kl"] = divergences(checkpoint, contestants, peer, options.threads)
     print(json.dumps(report, indent=1) if options.json else in_words(report))
+
+
+def divergences(checkpoint: str, contestants: Sequence[Contestant], peer: Peer, threads: int) -> dict[str, float]:
+    """KL of each build to the checkpoint in float32, nats a token, on random tokens: to random weights no others mean more."""
+    from llama_cpp_accuracy import GgufBuild
+    from llama_cpp_peer import Gguf
+
+    from corral.validate.accuracy import measure_accuracy
+    from corral.validate.build import Build, open_build
+
+    reference = open_build(Path(checkpoint), provider="cpu", threads=threads)
+    model = reference.config
+    size = min(512, model.attention_chunk_size or 512) - 1
+    windows = np.random.default_rng(2).integers(0, model.vocab_size, (KL_WINDOWS, size)).tolist()
+    builds: list[Build] = []
+    for one in contestants:
+        if one.is_ours:
+            builds.append(open_build(one.model, provider="cpu", threads=threads))
+        else:
+            gguf = Gguf(peer, one.model, threads=threads, context=512)
+            builds.append(GgufBuild(one.name, one.model, gguf, model))
+    _, found = measure_accuracy(reference, builds, windows)
+    return {one.name: accuracy.kl.mean for one, accuracy in zip(contestants, found, strict=True)}
 
 
 def tests_of(model: ModelConfig, depths: Sequence[int], rounds: int) -> dict[str, Test]:
@@ -207,6 +256,7 @@ def in_words(report: Mapping[str, Any]) -> str:
             low, high = one["range"]
             roofline = f", {one['roofline']:.0%} of the roofline" if one["roofline"] else ""
             lines.append(f"    {name:24} {one['tokens_per_second']:8.1f} ({low:.1f} to {high:.1f}){roofline}")
+    lines += [f"KL {name}: {kl:.5f}" for name, kl in report.get("kl", {}).items()]
     for name, model in report["models"].items():
         memory = model["anonymous_bytes"]
         lines.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llama_cpp_peer import Peer
 from numpy.typing import NDArray
 
 from corral.graphs import compile
+from corral.graphs.quantize.rtn import rtn
 from corral.model.checkpoint import open_checkpoint
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.names import EMBEDDING, HEAD, expected_parameters
@@ -62,6 +64,8 @@ GGUF_NAMES = {
     HEAD: "output.weight",
 }
 IN_FLOAT32 = ("norm", "ffn_gate_inp")  # what llama.cpp keeps in float32 whatever the file type
+SAME_VALUES, SAME_GROUP = "same-values", 32  # Q4_0 with corral's own codes and scales; its groups
+BLOCK_BYTES = {"F32": 128, "BF16": 64, "Q4_0": 18}  # of 32 numbers in a GGUF file
 
 
 def checkpoint_of(shape: str, directory: Path) -> str:
@@ -90,8 +94,10 @@ def bundle_of(checkpoint: str, directory: Path, kernels: str, group_size: int) -
 
 
 def gguf_of(checkpoint: str, directory: Path, peer: Peer, kind: str) -> Path:
-    """The same weights as a GGUF file of `kind` (Q4_0, Q4_K_M, …), made unless it is there."""
+    """The same weights as a GGUF file of `kind` (Q4_0, Q4_K_M, … or SAME_VALUES), made unless it is there."""
     out, whole = directory / f"{kind}.gguf", directory / "BF16.gguf"
+    if kind == SAME_VALUES and not out.exists():
+        write_gguf(open_checkpoint(checkpoint), out, peer, matrices="Q4_0")
     if not out.exists():
         directory.mkdir(parents=True, exist_ok=True)
         if not whole.exists():
@@ -123,25 +129,50 @@ def gguf_bytes_per_token(path: Path, peer: Peer) -> int:
     )
 
 
-def write_gguf(checkpoint: Checkpoint, out: Path, peer: Peer) -> None:
-    """Write a decoder as GGUF in bfloat16, a tensor at a time: at most one layer's experts are in memory."""
+def write_gguf(checkpoint: Checkpoint, out: Path, peer: Peer, matrices: str = "BF16") -> None:
+    """Write a decoder as GGUF, a tensor at a time: at most one layer's experts are in memory.
+
+    Matrices in bfloat16, or, but for the embedding, in Q4_0 with the codes and scales of corral's int4 in groups of 32.
+    """
     gguf, config = peer.gguf(), checkpoint.config
     writer = gguf.GGUFWriter(str(out.with_suffix(".part")), "llama4")
     _write_config(writer, config, gguf)
-    tensors = list(_names(config))
-    for name, shape, _ in tensors:
-        float32 = any(word in name for word in IN_FLOAT32)
-        kind = gguf.GGMLQuantizationType.F32 if float32 else gguf.GGMLQuantizationType.BF16
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) * (4 if float32 else 2), kind)
+    tensors = [(*tensor, _form(tensor[0], matrices)) for tensor in _names(config)]
+    for name, shape, _, form in tensors:
+        kind = getattr(gguf.GGMLQuantizationType, form)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) // 32 * BLOCK_BYTES[form], kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, shape, parameter in tensors:
+    for name, shape, parameter, form in tensors:
         bits = _bits(checkpoint, name, parameter).reshape(shape)
-        float32 = any(word in name for word in IN_FLOAT32)
-        writer.write_tensor_data((bits.astype(np.uint32) << 16).view(np.float32) if float32 else bits)
+        if form == "BF16":
+            writer.write_tensor_data(bits)
+        elif form == "F32":
+            writer.write_tensor_data(_floats(bits))
+        else:
+            rows = bits.reshape(-1, *shape[-2:])  # an expert at a time
+            writer.write_tensor_data(np.concatenate([_q4_0(_floats(part)) for part in rows]))
     writer.close()
     out.with_suffix(".part").rename(out)
+
+
+def _form(name: str, matrices: str) -> str:
+    if any(word in name for word in IN_FLOAT32):
+        return "F32"
+    return "BF16" if name == GGUF_NAMES[EMBEDDING] else matrices
+
+
+def _floats(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _q4_0(weight: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Blocks of 32 numbers: a scale in fp16, then the codes, the first sixteen in the low halves of bytes."""
+    found = rtn(weight, bits=4, group_size=SAME_GROUP)
+    low, high = found["codes"].reshape(-1, 2, 16).swapaxes(0, 1)
+    scales = found["scales"].astype(np.float16).reshape(-1, 1).view(np.uint8)
+    return np.concatenate([scales, low | high << 4], axis=1)
 
 
 def _write_config(writer: Any, config: ModelConfig, gguf: Any) -> None:
@@ -236,7 +267,7 @@ def _first_stage(graph: Path, manifest: Any, bundle: Path) -> list[Any]:
     feeds: dict[str, Any] = {
         "embeddings": EmbeddingTable(open_bundle(bundle, verify=False))(ids)[None],
         "positions": np.arange(tokens)[None],
-        "logit_rows": np.array([[tokens - 1]]),
+        "logit_rows": np.arange(tokens)[None],  # all: the last layer routes no others
     }
     for layout in manifest.kv:
         shape = (1, layout.num_heads, layout.capacity(tokens), layout.head_dim)

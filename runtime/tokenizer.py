@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from corral.runtime.chat import ChatTemplate, Message, check_messages
+from corral.runtime.chat import Message, check_messages
 from corral.runtime.stream_decoder import StreamDecoder
 from corral.spec.bundle import Bundle
 from corral.spec.errors import InputError
+
+if TYPE_CHECKING:
+    from corral.runtime.chat_template import ChatTemplate
 
 # Noncharacters: valid in a string, never text.
 MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 class Tokenizer:
-    """A tokenizer file with an optional chat template."""
+    """A tokenizer file with an optional chat template, which is opened when messages first ask for it."""
 
-    def __init__(self, path: Path, template: ChatTemplate | None = None) -> None:
-        self._path, self._template = path, template
+    def __init__(self, path: Path, open_template: Callable[[], ChatTemplate] | None = None) -> None:
+        self._path, self._open_template = path, open_template
         self._tokenizer = _load(path)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
@@ -61,7 +64,7 @@ class Tokenizer:
 
         Special tokens that somebody wrote *into a message* stay text and cannot end their turn or pose as another role.
         """
-        if self._template is None:
+        if self._open_template is None:
             raise InputError(
                 f"{self._path.parent} has no chat template, so messages cannot become a prompt. "
                 "Use generate() with a text prompt, or compile a checkpoint that has a chat template (an Instruct one)."
@@ -92,6 +95,11 @@ class Tokenizer:
         return ids
 
     @cached_property
+    def _template(self) -> ChatTemplate:
+        assert self._open_template
+        return self._open_template()
+
+    @cached_property
     def _special(self) -> re.Pattern[str]:
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"(?!)") + ")")
@@ -118,17 +126,24 @@ class Tokenizer:
 
 def open_tokenizer(bundle: Bundle) -> Tokenizer | None:
     """The bundle's tokenizer, with its chat template if it has one; None for a bundle without a tokenizer."""
-    manifest, template = bundle.manifest, None
+    manifest = bundle.manifest
     if manifest.tokenizer is None:
         return None
-    if manifest.chat_template is not None:
-        path = bundle.path(manifest.chat_template)
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not a readable chat template: {error}. Compile again.") from None
-        template = ChatTemplate(source, manifest.special_tokens, where=str(path))
-    return Tokenizer(bundle.path(manifest.tokenizer), template)
+    open_template = partial(_open_template, bundle) if manifest.chat_template is not None else None
+    return Tokenizer(bundle.path(manifest.tokenizer), open_template)
+
+
+def _open_template(bundle: Bundle) -> ChatTemplate:
+    """Importing its library takes longer than a small model takes to answer."""
+    from corral.runtime.chat_template import ChatTemplate
+
+    assert bundle.manifest.chat_template is not None
+    path = bundle.path(bundle.manifest.chat_template)
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a readable chat template: {error}. Compile again.") from None
+    return ChatTemplate(source, bundle.manifest.special_tokens, where=str(path))
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:

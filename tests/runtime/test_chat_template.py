@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from corral.runtime.chat import ChatTemplate
+from corral.runtime.chat_template import ChatTemplate
 from corral.spec.errors import InputError
 
 HELLO = [{"role": "user", "content": "hello <b> & 'x'"}]
