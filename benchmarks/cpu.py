@@ -4,11 +4,12 @@
     python benchmarks/cpu.py --shape wide --work /somewhere/with/50/GB
 
 Each engine has a process of its own and answers one test at a time; a round begins with the other one each time. Figures
-are medians of `--repeats` with their range; `ratio` is corral's median over llama.cpp's best. `prefill N` is N tokens to
-the first chosen one, `decode at D` one sequence with D tokens behind it, `B sequences` their tokens together. The share of
-the roofline is bytes of weights a token touches times tokens a second, over the bandwidth that this machine had just
-before and after the sample. What lies 8k and 32k behind ends a little before the end of a chunk of 8192 tokens: there a rope
-layer sees the most. What accuracy on a text costs says benchmarks/llama_cpp_accuracy.py, of a trained model.
+are medians of `--repeats` (decoding: three times as many) with their range; `ratio` is corral's median over llama.cpp's
+best. `prefill N` is N tokens to the first chosen one, `decode at D` one sequence with D tokens behind it, `B sequences`
+their tokens together. The share of the roofline is bytes of weights a token touches times tokens a second, over the
+bandwidth that this machine had just before and after the sample. What lies 8k and 32k behind ends a little before the end
+of a chunk of 8192 tokens: there a rope layer sees the most. What accuracy on a text costs says
+benchmarks/llama_cpp_accuracy.py, of a trained model.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ DEEP = 2048  # tokens: prompts from here on are read once, and each round writes
 PEER_CHUNK = 8192  # tokens: the only attention chunk that llama.cpp has
 LEAST_VISITED = 0.75  # of a layer's experts, by 512 random tokens: otherwise figures say nothing about real routing
 KL_WINDOWS = 4
+COLD_STARTS = 5
+DECODES = 3  # times as many samples of plain decoding: they are short, and follow the memory's speed of the moment
 BANDWIDTH_MIB = 256  # far more than caches hold; too little to push a model's file out of memory
 
 
@@ -102,7 +105,7 @@ def main() -> None:
         path = gguf_of(checkpoint, directory, peer, quant)
         contestants.append(Contestant(f"llama.cpp {quant}", "llama.cpp", path, gguf_bytes_per_token(path, peer)))
     start = partial(Worker, threads=options.threads, peer=peer.directory)
-    cold = cold_starts(contestants, start, options.repeats)
+    cold = cold_starts(contestants, start, min(options.repeats, COLD_STARTS))
     workers = {one.name: start(one.engine, one.model) for one in contestants}
     memory = {name: worker.memory() for name, worker in workers.items()}
     tests = tests_of(open_bundle(stock).manifest.model, options.depth or DEPTHS, 1 + options.repeats)
@@ -110,7 +113,8 @@ def main() -> None:
     bandwidth = partial(measure_bandwidth, options.work, options.threads)
     samples, after = {}, {}
     for name, test in tests.items():
-        samples[name] = measure(test, contestants, workers, options.repeats, bandwidth)
+        shallow = test.sequences == test.rounds == 1 < test.tokens
+        samples[name] = measure(test, contestants, workers, options.repeats * (DECODES if shallow else 1), bandwidth)
         if test.rounds == 1:  # the others come last: their caches are not a model's usual memory
             after = {one: worker.memory()["now"] for one, worker in workers.items()}
     report = {

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from corral.runtime import sampler
 from corral.runtime.forward import forward
+from corral.runtime.give_back import WORTH_BYTES, give_memory_back
 from corral.runtime.kv_cache import KvCache
 from corral.runtime.prefix_cache import PrefixCache
 from corral.runtime.request import Request
@@ -98,9 +99,12 @@ class Engine:
             if self._proposer:
                 self._proposer.forget(request)
             if self.idle and self._cache.num_slots:
+                large = isinstance(self._cache, KvCache) and self._cache.bytes >= WORTH_BYTES
                 # Frees memory, and spares backends that look at a cache's whole capacity.
                 self._cache.clear()
                 self._session.release()
+                if large:
+                    give_memory_back()
 
     def step(self) -> None:
         """Do one piece of work. What goes wrong in it is kept as the `error` of the requests concerned."""
