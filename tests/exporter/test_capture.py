@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from corral.exporter.capture import capture
+from corral.exporter.capture import SCOPE, capture
 from corral.model.checkpoint.names import expected_parameters
 from corral.spec import graph_io
 from corral.spec.model_config import parse_config
@@ -48,6 +48,12 @@ def test_nodes_of_the_corral_domain_are_one_per_layer_and_say_its_kind(tiny_conf
     assert counts == {"RopeAttention": 4, "NopeAttention": 1, "MoE": 2}
     chunks = [node.attributes["chunk_size"].as_int() for node in graph if "Attention" in node.op_type]
     assert chunks == [16, 16, 16, 0, 16]
+
+
+def test_only_tokens_with_logits_go_on_from_the_last_layers_attention(tiny_config: Config) -> None:
+    graph = capture(parse_config(tiny_config("maverick"))).graph
+    picks = [node.metadata_props[SCOPE] for node in graph if node.op_type == "GatherElements"]
+    assert sorted(picks) == ["layers.4", "layers.4.self_attn"]
 
 
 FULL_SCOUT = {

@@ -107,3 +107,16 @@ def test_logit_rows_pick_tokens(reference: Callable[[str], Any]) -> None:
     got = model(model.embed_tokens(tokens), positions, rows)[0]
     every = model.logits(tokens)
     assert_same(got, torch.stack([every[0, [6, 0]], every[1, [2, 2]]]))
+
+
+def test_the_last_layer_computes_picked_tokens_only(reference: Callable[[str], Any]) -> None:
+    model, tokens = reference("scout"), random_tokens(7, 5)
+    seen: list[int] = []
+    hooks = [
+        layer.feed_forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+        for layer in model.layers
+    ]
+    model(model.embed_tokens(tokens), torch.arange(7)[None], torch.tensor([[6]]))
+    for hook in hooks:
+        hook.remove()
+    assert seen == [7] * (len(model.layers) - 1) + [1]
