@@ -93,6 +93,11 @@ def products(profile: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def layers_of_many_rows(profile: dict[str, Any]) -> int:
+    """Of a prompt the last layer has one row: a kernel multiplies while it gathers, and writes no weights."""
+    return 4 - (profile["name"] == "prefill")
+
+
 def read(kernel: dict[str, Any]) -> list[str]:
     """The types of the matrices that a kernel reads."""
     return [operand["type"] for operand in kernel["reads"] if len(operand["shape"]) > 1]
@@ -108,7 +113,7 @@ def test_int4_is_multiplied_without_a_float_copy_but_for_the_chosen_experts(buil
         )
         writing = [k for k in profile["kernels"] if "int4" in read(k) and not any("MatMul" in n for n in k["layers"])]
         assert [kernel["name"] for kernel in writing] == [kernel["kernel"] for kernel in profile["unfused_weights"]]
-        assert len(writing) == 4
+        assert len(writing) == layers_of_many_rows(profile)
         tokens = {axis: most for axis, (_, _, most) in profile["axes"].items()}
         visits, experts = tokens["batch"] * tokens["tokens"], 16
         blocks = min(visits, experts) + (visits - min(visits, experts)) // max(1, visits // experts)
@@ -143,7 +148,7 @@ def test_w4a8_is_stored_as_int4_and_multiplied_as_fp8(built: Callable[[str, str]
             assert read(kernel)[:2] == ["fp8_e4m3"] * 2, name
         written = [tensor for kernel in profile["unfused_weights"] for tensor in kernel["writes"]]
         assert {tensor["type"] for tensor in written} == {"fp8_e4m3"}
-        experts = [tensor for tensor in written if isinstance(tensor["shape"][0], str)]
+        experts = [tensor for tensor in written if len(tensor["shape"]) == 3]
         assert sum(tensor["known_bytes"] for tensor in experts) == 4 * 3 * 256 * 256
 
 
@@ -158,8 +163,10 @@ def test_nvfp4_stays_in_the_engine_and_what_is_written_as_float16_is_listed(buil
             for kernel in profile["unfused_weights"]
             for tensor in kernel["writes"]
         )
-        # A layer has q, k and v, gate and up, o, down, and an expert's two; then there is the head.
-        assert written == {(256, 512): 4 * 3, (256, 256): 4 * 3, (256, 2048): 1}
+        # A layer has q, k and v, gate and up, o, down, and an expert's two; then there is the head. Of a prompt's last
+        # layer, where but q, k and v all is computed for one row, these three alone are written.
+        layers = layers_of_many_rows(profile)
+        assert written == {(256, 512): layers * 3 + (4 - layers), (256, 256): layers * 3, (256, 2048): 1}
 
 
 def test_experts_in_int4_beside_fp8_are_each_what_they_are(built: Callable[[str, str], Path]) -> None:
@@ -170,7 +177,7 @@ def test_experts_in_int4_beside_fp8_are_each_what_they_are(built: Callable[[str,
     for profile in about["profiles"]:
         assert abs(profile["weights"]["int4"] / (experts / 2) - 1) < 0.01
         assert abs(profile["weights"]["fp8_e4m3"] / all_else - 1) < 0.01
-        assert len(profile["unfused_weights"]) == 4
+        assert len(profile["unfused_weights"]) == layers_of_many_rows(profile)
         for name, kernel in products(profile).items():
             assert read(kernel).count("fp8_e4m3") == (0 if ".experts" in name else 2), name
 
