@@ -87,10 +87,9 @@ def main() -> None:
 
 def capacity(llm: LLM, ids: list[int], requests: int) -> float:
     """Requests a second when all are there at once."""
-    visitors = crowd(ids, requests, rate=np.inf, seed=0)
-    serve(llm, visitors)  # warms up
-    visitors = crowd(ids, requests, rate=np.inf, seed=0)
-    serve(llm, visitors)
+    for _ in range(2):  # the first round only warms up
+        visitors = crowd(ids, requests, rate=np.inf, seed=0)
+        serve(llm, visitors)
     return requests / max(visitor.came[-1] for visitor in visitors)
 
 

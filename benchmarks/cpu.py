@@ -40,7 +40,7 @@ from cpu_shapes import (
     gguf_of,
     touched_bytes,
 )
-from llama_cpp_peer import VERSION, Peer, build
+from llama_cpp_peer import VERSION, Gguf, Peer, build
 
 from corral.spec.bundle import open_bundle
 from corral.spec.machine import usable_cores
@@ -147,7 +147,6 @@ def main() -> None:
 def divergences(checkpoint: str, contestants: Sequence[Contestant], peer: Peer, threads: int) -> dict[str, float]:
     """KL of each build to the checkpoint in float32, nats a token, on random tokens: to random weights no others mean more."""
     from llama_cpp_accuracy import GgufBuild
-    from llama_cpp_peer import Gguf
 
     from corral.validate.accuracy import measure_accuracy
     from corral.validate.build import Build, open_build

@@ -96,14 +96,15 @@ def bundle_of(checkpoint: str, directory: Path, kernels: str, group_size: int) -
 def gguf_of(checkpoint: str, directory: Path, peer: Peer, kind: str) -> Path:
     """The same weights as a GGUF file of `kind` (Q4_0, Q4_K_M, … or SAME_VALUES), made unless it is there."""
     out, whole = directory / f"{kind}.gguf", directory / "BF16.gguf"
-    if kind == SAME_VALUES and not out.exists():
+    if out.exists():
+        return out
+    directory.mkdir(parents=True, exist_ok=True)
+    if kind == SAME_VALUES:
         write_gguf(open_checkpoint(checkpoint), out, peer, matrices="Q4_0")
-    if not out.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        if not whole.exists():
-            write_gguf(open_checkpoint(checkpoint), whole, peer)
-        peer.quantize(whole, out, kind)
-    return out
+        return out
+    if not whole.exists():
+        write_gguf(open_checkpoint(checkpoint), whole, peer)
+    return peer.quantize(whole, out, kind)
 
 
 def touched_bytes(bundle: Bundle) -> int:

@@ -1,7 +1,7 @@
 """Freed memory goes back to the system.
 
 glibc keeps what it was given back for the next request. After a long prompt that is more than a mapped model needs for itself:
-239 MB where 114 were in use, with four layers of Scout's width and 2048 tokens.
+278 MB were held where 114 were in use, with four layers of Scout's width and 2048 tokens.
 """
 
 from __future__ import annotations

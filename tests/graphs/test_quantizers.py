@@ -59,12 +59,8 @@ def test_every_value_is_within_a_step_of_its_asymmetric_code(weight: tuple[np.nd
 
 def test_an_asymmetric_group_is_scaled_by_its_range() -> None:
     matrix = np.zeros((1, 128), np.float32)
-    matrix[0, :4] = [
-        12.3,
-        -2.7,
-        1.0,
-        -0.5,
-    ]  # a range of 15 steps; 2.7 of them below 0 become 3, the half rounds to even
+    # A range of 15 steps; 2.7 of them below 0 become 3, the half rounds to even.
+    matrix[0, :4] = [12.3, -2.7, 1.0, -0.5]
     matrix[0, 32:64] = np.linspace(1.5, 3.0, 32)  # from 0 on, though nothing is below 1.5
     matrix[0, 64:96] = -1.5
     stored = rtn(matrix, bits=4, group_size=32, asymmetric=True)
