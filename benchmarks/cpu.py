@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--method", choices=("rtn", "rtn-mse"), default="rtn", help="That makes corral's codes.")
     parser.add_argument(
         "--same-values",
         action="store_true",
@@ -94,12 +95,13 @@ def main() -> None:
     options = parser.parse_args()
     peer, directory = build(options.work / "llama.cpp"), options.work / options.shape
     checkpoint = checkpoint_of(options.shape, options.work)
-    group_size, quants = (SAME_GROUP, (SAME_VALUES,)) if options.same_values else (options.group_size, QUANTS)
-    stock = bundle_of(checkpoint, directory, "stock", group_size)
-    if (visited := experts_visited(stock)) and visited[0] < LEAST_VISITED * visited[1]:
+    group_size, method, quants = options.group_size, options.method, QUANTS
+    if options.same_values:
+        group_size, method, quants = SAME_GROUP, "rtn", (SAME_VALUES,)
+    kernels = {"corral": "corral"} | ({"corral, stock kernels": "stock"} if options.stock else {})
+    ours = {name: bundle_of(checkpoint, directory, kind, group_size, method) for name, kind in kernels.items()}
+    if (visited := experts_visited(ours["corral"])) and visited[0] < LEAST_VISITED * visited[1]:
         sys.exit(f"only {visited[0]} of {visited[1]} experts were visited: no figure would mean anything")
-    ours = {"corral": bundle_of(checkpoint, directory, "corral", group_size)}
-    ours |= {"corral, stock kernels": stock} if options.stock else {}
     contestants = [Contestant(name, "corral", path, touched_bytes(open_bundle(path))) for name, path in ours.items()]
     for quant in quants:
         path = gguf_of(checkpoint, directory, peer, quant)
@@ -108,7 +110,7 @@ def main() -> None:
     cold = cold_starts(contestants, start, min(options.repeats, COLD_STARTS))
     workers = {one.name: start(one.engine, one.model) for one in contestants}
     memory = {name: worker.memory() for name, worker in workers.items()}
-    tests = tests_of(open_bundle(stock).manifest.model, options.depth or DEPTHS, 1 + options.repeats)
+    tests = tests_of(open_bundle(ours["corral"]).manifest.model, options.depth or DEPTHS, 1 + options.repeats)
     tests = {name: test for name, test in tests.items() if not options.only or name in options.only}
     bandwidth = partial(measure_bandwidth, options.work, options.threads)
     samples, after = {}, {}
@@ -134,6 +136,7 @@ def main() -> None:
             for one in contestants
         },
         "group_size": group_size,
+        "method": method,
         "experts_visited": visited,
         "machine": {"cpu": cpu(), "threads": options.threads, "llama-cpp-python": VERSION},
     }

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from corral.graphs import compile
 from corral.graphs.quantize.rtn import rtn
+from corral.kernels import find_library
 from corral.model.checkpoint import open_checkpoint
 from corral.model.checkpoint.checkpoint import Checkpoint
 from corral.model.checkpoint.names import EMBEDDING, HEAD, expected_parameters
@@ -85,11 +86,11 @@ def checkpoint_of(shape: str, directory: Path) -> str:
     return str(where)
 
 
-def bundle_of(checkpoint: str, directory: Path, kernels: str, group_size: int) -> Path:
+def bundle_of(checkpoint: str, directory: Path, kernels: str, group_size: int, method: str = "rtn") -> Path:
     """An int4 bundle, compiled unless it is there."""
-    out = directory / f"{kernels}-g{group_size}"
+    out = directory / f"{kernels}-g{group_size}{'' if method == 'rtn' else '-' + method}"
     if not (out / "manifest.json").exists():
-        compile(checkpoint, out, Recipe(weights="int4", group_size=group_size, kernels=kernels))
+        compile(checkpoint, out, Recipe(weights="int4", group_size=group_size, kernels=kernels, method=method))
     return out
 
 
@@ -236,7 +237,8 @@ def _bits(checkpoint: Checkpoint, name: str, parameter: str) -> NDArray[np.uint1
 
 
 def experts_visited(bundle: Path) -> tuple[int, int] | None:
-    """(fewest experts that 512 random tokens visit in a layer, all experts); None without experts."""
+    """(fewest experts that 512 random tokens visit in a layer, all experts) of a bundle with corral's kernels; None without
+    experts."""
     import onnx
 
     manifest = open_bundle(bundle, verify=False).manifest
@@ -264,7 +266,9 @@ def _first_stage(graph: Path, manifest: Any, bundle: Path) -> list[Any]:
 
     tokens = min([512, *(layout.chunk for layout in manifest.kv if layout.chunk)])
     ids = np.random.default_rng(1).integers(0, manifest.model.vocab_size, tokens)
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(find_library().path))
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     feeds: dict[str, Any] = {
         "embeddings": EmbeddingTable(open_bundle(bundle, verify=False))(ids)[None],
         "positions": np.arange(tokens)[None],

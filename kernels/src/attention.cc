@@ -11,6 +11,7 @@ namespace {
 
 // Partials of so many floats are kept at a time, few enough for a cache: a prompt is gone through in slabs.
 constexpr int64_t kPartialFloats = 256 << 10;
+constexpr int64_t kLine = 64, kFetchedBytes = 256 << 10;  // of a cache that holds other things, too
 
 // One call. The queries of a kv head are kept together, token by token: [batch, kv_heads, tokens * group, dim].
 class Call {
@@ -24,6 +25,16 @@ class Call {
         caches_(caches),
         rows_(shape.tokens * shape.group()),
         queries_(shape.batch * shape.kv_heads * rows_ * shape.dim) {}
+
+  // One token of a sequence sees many rows and computes little with each: the first keys are fetched while it is placed.
+  void fetch_first_keys() const {
+    if (shape_.tokens > 1) return;
+    int64_t left = kFetchedBytes;
+    for (int64_t cache = 0; cache < shape_.batch * shape_.kv_heads && left > 0; cache++) {
+      const int64_t sequence = cache / shape_.kv_heads, rows = std::min(inputs_.past_length[sequence], kBlockRows);
+      left -= fetch(caches_.row(caches_.keys, shape_, sequence, cache % shape_.kv_heads, 0), rows * caches_.row_bytes);
+    }
+  }
 
   void place_tokens() {
     const int64_t tokens = shape_.batch * shape_.tokens;
@@ -62,6 +73,11 @@ class Call {
     int64_t cache, first, count;
     float* partials;
   };
+
+  static int64_t fetch(const uint8_t* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
+    return bytes;
+  }
 
   static int64_t block_count(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
@@ -111,6 +127,7 @@ class Call {
     const uint8_t* keys = caches_.row(caches_.keys, shape_, sequence, head, first);
     const uint8_t* values = caches_.row(caches_.values, shape_, sequence, head, first);
     const float* queries = queries_.get() + (tile.cache * rows_ + tile.first) * shape_.dim;
+    if (shape_.tokens == 1) fetch(values, rows * caches_.row_bytes);  // while scores are computed
     AttentionBlock work{queries, visible, tile.count, nullptr, nullptr, rows, shape_.dim};
     if (!caches_.codec) {
       work.keys = reinterpret_cast<const float*>(keys);
@@ -149,6 +166,7 @@ void attention(const AttentionKernels& kernels, const ort::Workers& workers, con
                const AttentionInputs& inputs, const AttentionCaches& caches, float* y) {
   if (!shape.batch || !shape.tokens) return;
   Call call(kernels, workers, shape, inputs, caches);
+  call.fetch_first_keys();
   call.place_tokens();
   call.attend(y);
 }

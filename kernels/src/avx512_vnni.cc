@@ -14,8 +14,6 @@
 namespace corral {
 namespace {
 
-constexpr int64_t kPrefetchBytes = 3072;  // ahead of the tile being read; past the end it does nothing
-
 using Bytes = __m512i;
 
 inline Bytes vector(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
@@ -76,16 +74,28 @@ inline __m512i minus_zeros(const Tile& tile, int64_t group) {
   return _mm512_maskz_sub_epi16(0x55555555, _mm512_setzero_si512(), zeros);
 }
 
+// Into the second-level cache. Past the end of what is mapped it does nothing.
+inline void prefetch(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T1); }
+
 // A panel of exactly `Rows` rows by `Tiles` tiles; a tile's 16 outputs are one vector.
 template <class Codes, int Rows, int Tiles>
 inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float* y, int64_t row_stride) {
   // A few sums would wait for each other: then there are several of each.
   constexpr int sums = Rows * Tiles <= 2 ? 4 : Rows * Tiles <= 4 ? 2 : 1;
+  // The tile that each of these is followed by is fetched meanwhile. Processors stop reading ahead at a page's end, and where
+  // two neighbours are read at once, at every tile's.
+  const int64_t tile_bytes = 2 * Codes::kBits * inputs.count, groups = inputs.count / inputs.group;
+  const bool neighbours = Tiles == 2 && tiles[0].codes + tile_bytes == tiles[Tiles - 1].codes;
+  const int64_t tiles_ahead = neighbours ? 2 : 1;
+  for (int t = 0; t < Tiles; t++) {
+    const uint16_t* ahead = tiles[t].scales + tiles_ahead * groups * kTileOutputs;
+    for (int64_t i = 0; i < groups * kTileOutputs; i += 32) prefetch(ahead + i);
+  }
   __m512 total[Rows][Tiles];
   for (auto& row : total) {
     for (__m512& t : row) t = _mm512_setzero_ps();
   }
-  for (int64_t group = 0; group < inputs.count / inputs.group; group++) {
+  for (int64_t group = 0; group < groups; group++) {
     const int64_t first = group * inputs.group, at = group * Rows;
     __m512i sum[sums][Rows][Tiles];
     for (int i = 0; i < Rows; i++) {
@@ -105,7 +115,7 @@ inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float
       for (int t = 0; t < Tiles; t++) {
         steps[t] = tiles[t].codes + 2 * Codes::kBits * k;
         for (int line = 0; line < Codes::kBits * Codes::kStep / 32; line++) {
-          _mm_prefetch(reinterpret_cast<const char*>(steps[t] + 64 * line + kPrefetchBytes), _MM_HINT_T0);
+          prefetch(steps[t] + tiles_ahead * tile_bytes + 64 * line);
         }
       }
       add_step<Codes, Rows, Tiles, sums>(steps, panel.codes + k * Rows, sum);

@@ -10,6 +10,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <limits>
+#include <memory>
 #include <optional>
 
 #include "buffer.h"
@@ -30,7 +34,9 @@ class Experts {
       : kernels_(*choose_instruction_set().kernels),
         weights_(weights),
         shared_(shared),
-        k_(api.attribute(info, "k")) {
+        k_(api.attribute(info, "k")),
+        visited_(new std::atomic<int64_t>[weights.gate_up.experts]) {
+    for (int64_t expert = 0; expert < experts(); expert++) visited_[expert] = std::numeric_limits<int32_t>::min();
     if (shared_ && shared_->hidden() != weights_.hidden()) {
       throw ort::Failure(ort::kInvalidArgument, "the shared expert takes " + std::to_string(shared_->hidden()) +
                                                     " inputs, the others " + std::to_string(weights_.hidden()));
@@ -86,20 +92,26 @@ class Experts {
     });
   }
 
+  // An expert that was visited a second ago or less is taken to be in memory still: to ask takes microseconds.
   void read_ahead_chosen(const std::vector<Visit>& visits) const {
-    int64_t last = -1;
+    const int64_t now = seconds();
     for (const Visit& visit : visits) {
-      if (visit.expert == last) continue;
-      last = visit.expert;
-      read_ahead(weights_.gate_up, last);
-      read_ahead(weights_.down, last);
+      if (now - visited_[visit.expert].exchange(now, std::memory_order_relaxed) <= 1) continue;
+      read_ahead(weights_.gate_up, visit.expert);
+      read_ahead(weights_.down, visit.expert);
     }
+  }
+
+  static int64_t seconds() {
+    using std::chrono::steady_clock;
+    return std::chrono::duration_cast<std::chrono::seconds>(steady_clock::now().time_since_epoch()).count();
   }
 
   const Kernels& kernels_;
   FeedForward weights_;
   std::optional<FeedForward> shared_;
   int64_t k_;
+  std::unique_ptr<std::atomic<int64_t>[]> visited_;  // when, of each expert
 };
 
 class TiledExperts : public Experts {
