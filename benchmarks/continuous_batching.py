@@ -61,9 +61,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     from cpu import cpu
-    from cpu_shapes import bundle_of, checkpoint_of
+    from cpu_shapes import demo_bundle
 
-    bundle = options.bundle or bundle_of(checkpoint_of("demo", options.work), options.work / "demo", "corral", 128)
+    bundle = options.bundle or demo_bundle(options.work)
     llms = {way: LLM(bundle, threads=options.threads, max_batch=most) for way, most in WAYS.items()}
     tokenizer = llms["together"].tokenizer
     if tokenizer is None:

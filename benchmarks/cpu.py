@@ -78,8 +78,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="For llama.cpp and the models; used again.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--method", choices=("rtn", "rtn-mse"), default="rtn", help="That makes corral's codes.")
+    parser.add_argument("--group-size", type=int, help="Of corral's int4, instead of the shape's.")
     parser.add_argument(
         "--same-values",
         action="store_true",
@@ -95,7 +94,8 @@ def main() -> None:
     options = parser.parse_args()
     peer, directory = build(options.work / "llama.cpp"), options.work / options.shape
     checkpoint = checkpoint_of(options.shape, options.work)
-    group_size, method, quants = options.group_size, options.method, QUANTS
+    shape = SHAPES[options.shape]
+    group_size, method, quants = options.group_size or shape.group_size, shape.method, QUANTS
     if options.same_values:
         group_size, method, quants = SAME_GROUP, "rtn", (SAME_VALUES,)
     kernels = {"corral": "corral"} | ({"corral, stock kernels": "stock"} if options.stock else {})

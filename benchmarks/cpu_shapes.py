@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,21 @@ HALF = Preset(
         "bos_token_id": 0, "eos_token_id": [1, 2],
     },
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How corral's int4 is made: in the widest groups and by the fastest method whose KL is no worse than Q4_0's."""
+
+    checkpoint: str
+    group_size: int
+    method: str
+
+
 SHAPES = {
-    "wide": "synthetic:scout?layers=4",
-    "half": "",  # written into the benchmark's directory
-    "demo": str(Path(__file__).parents[1] / "demo/demo-scout"),
+    "wide": Shape("synthetic:scout?layers=4", 64, "rtn-mse"),
+    "half": Shape("", 64, "rtn-mse"),  # written into the benchmark's directory
+    "demo": Shape(str(Path(__file__).parents[1] / "demo/demo-scout"), 128, "gptq"),
 }
 # Ours -> GGUF's, with whatever comes before and after kept apart: "layers.3." becomes "blk.3.".
 GGUF_NAMES = {
@@ -71,8 +83,8 @@ BLOCK_BYTES = {"F32": 128, "BF16": 64, "Q4_0": 18}  # of 32 numbers in a GGUF fi
 
 def checkpoint_of(shape: str, directory: Path) -> str:
     """Where `open_checkpoint` finds a shape's weights; those of `half` are written first."""
-    if SHAPES[shape]:
-        return SHAPES[shape]
+    if SHAPES[shape].checkpoint:
+        return SHAPES[shape].checkpoint
     from safetensors.torch import save_file
 
     where = directory / shape
@@ -86,12 +98,18 @@ def checkpoint_of(shape: str, directory: Path) -> str:
     return str(where)
 
 
-def bundle_of(checkpoint: str, directory: Path, kernels: str, group_size: int, method: str = "rtn") -> Path:
+def bundle_of(checkpoint: str, directory: Path, kernels: str, group_size: int, method: str) -> Path:
     """An int4 bundle, compiled unless it is there."""
-    out = directory / f"{kernels}-g{group_size}{'' if method == 'rtn' else '-' + method}"
+    out = directory / f"{kernels}-g{group_size}-{method}"
     if not (out / "manifest.json").exists():
         compile(checkpoint, out, Recipe(weights="int4", group_size=group_size, kernels=kernels, method=method))
     return out
+
+
+def demo_bundle(work: Path) -> Path:
+    """The demo as its speed is measured."""
+    shape = SHAPES["demo"]
+    return bundle_of(shape.checkpoint, work / "demo", "corral", shape.group_size, shape.method)
 
 
 def gguf_of(checkpoint: str, directory: Path, peer: Peer, kind: str) -> Path:

@@ -41,9 +41,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     from cpu import cpu
-    from cpu_shapes import bundle_of, checkpoint_of
+    from cpu_shapes import demo_bundle
 
-    bundle = options.bundle or bundle_of(checkpoint_of("demo", options.work), options.work / "demo", "corral", 128)
+    bundle = options.bundle or demo_bundle(options.work)
     guess = {"prompt_lookup": True, "num_speculative_tokens": options.speculative_tokens}
     llms = {"plain": LLM(bundle, threads=options.threads), "lookup": LLM(bundle, threads=options.threads, **guess)}
     tokenizer = llms["plain"].tokenizer

@@ -87,10 +87,6 @@ inline void multiply(const Tile* tiles, const Panel& panel, Inputs inputs, float
   const int64_t tile_bytes = 2 * Codes::kBits * inputs.count, groups = inputs.count / inputs.group;
   const bool neighbours = Tiles == 2 && tiles[0].codes + tile_bytes == tiles[Tiles - 1].codes;
   const int64_t tiles_ahead = neighbours ? 2 : 1;
-  for (int t = 0; t < Tiles; t++) {
-    const uint16_t* ahead = tiles[t].scales + tiles_ahead * groups * kTileOutputs;
-    for (int64_t i = 0; i < groups * kTileOutputs; i += 32) prefetch(ahead + i);
-  }
   __m512 total[Rows][Tiles];
   for (auto& row : total) {
     for (__m512& t : row) t = _mm512_setzero_ps();
