@@ -23,7 +23,7 @@ test: lint ## Lint, then all tests
 BENCH ?= /var/tmp/corral-bench
 bench: $(VENV)/installed-dev ## Beside llama.cpp on this CPU, three shapes: hours on a quiet machine; BENCH=directory
 	@for shape in demo half wide; do \
-		$(VENV)/bin/python benchmarks/cpu.py --shape $$shape --work $(BENCH) --json >$(VENV)/bench.json || exit 1; \
+		$(VENV)/bin/python benchmarks/cpu.py --shape $$shape --work $(BENCH) --kl --json >$(VENV)/bench.json || exit 1; \
 		cp $(VENV)/bench.json benchmarks/results/cpu-$$shape.json; \
 	done
 	$(VENV)/bin/python benchmarks/cpu_summary.py

@@ -8,8 +8,8 @@ are medians of `--repeats` (decoding: three times as many) with their range; `ra
 best. `prefill N` is N tokens to the first chosen one, `decode at D` one sequence with D tokens behind it, `B sequences`
 their tokens together. The share of the roofline is bytes of weights a token touches times tokens a second, over the
 bandwidth that this machine had just before and after the sample. What lies 8k and 32k behind ends a little before the end
-of a chunk of 8192 tokens: there a rope layer sees the most. What accuracy on a text costs says
-benchmarks/llama_cpp_accuracy.py, of a trained model.
+of a chunk of 8192 tokens: there a rope layer sees the most. corral's int4 is made as `cpu_shapes.Shape` says; more builds
+of the demo are held against each other by benchmarks/llama_cpp_accuracy.py.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cpu_engines import Result, Test, Worker
 from cpu_shapes import (
     SAME_GROUP,
     SAME_VALUES,
     SHAPES,
+    Shape,
     bundle_of,
     checkpoint_of,
     experts_visited,
     gguf_bytes_per_token,
     gguf_of,
     touched_bytes,
+    windows_of,
 )
 from llama_cpp_peer import VERSION, Gguf, Peer, build
 
@@ -52,8 +53,8 @@ PREFILL, DEPTHS, SEQUENCES = (128, 512, 2048), (16, 7936, 32512), (4, 8, 16)
 DEEP = 2048  # tokens: prompts from here on are read once, and each round writes on where the one before ended
 PEER_CHUNK = 8192  # tokens: the only attention chunk that llama.cpp has
 LEAST_VISITED = 0.75  # of a layer's experts, by 512 random tokens: otherwise figures say nothing about real routing
-KL_WINDOWS = 4
 COLD_STARTS = 5
+SAMPLE_SECONDS, MOST_RUNS = 0.3, 9  # what takes less than that is run several times a sample, whose rate is the median
 DECODES = 3  # times as many samples of plain decoding: they are short, and follow the memory's speed of the moment
 BANDWIDTH_MIB = 256  # far more than caches hold; too little to push a model's file out of memory
 
@@ -84,9 +85,7 @@ def main() -> None:
         action="store_true",
         help=f"Both with the same codes and scales, in groups of {SAME_GROUP}: Q4_0 written by corral's rounding.",
     )
-    parser.add_argument(
-        "--kl", action="store_true", help="Of every build to the checkpoint in float32, which must fit."
-    )
+    parser.add_argument("--kl", action="store_true", help="Of every build to the checkpoint in float32, too.")
     parser.add_argument("--depth", type=int, action="append", help="Of decoding; may be given several times.")
     parser.add_argument("--only", action="append", metavar="TEST", help="Of the tests; may be given several times.")
     parser.add_argument("--stock", action="store_true", help="ONNX Runtime's own kernels, too.")
@@ -143,28 +142,31 @@ def main() -> None:
     for worker in workers.values():
         worker.close()
     if options.kl:
-        report["kl"] = divergences(checkpoint, contestants, peer, options.threads)
+        report["kl"] = divergences(shape, checkpoint, contestants, peer, options.threads)
     print(json.dumps(report, indent=1) if options.json else in_words(report))
 
 
-def divergences(checkpoint: str, contestants: Sequence[Contestant], peer: Peer, threads: int) -> dict[str, float]:
-    """KL of each build to the checkpoint in float32, nats a token, on random tokens: to random weights no others mean more."""
+def divergences(
+    shape: Shape, checkpoint: str, contestants: Sequence[Contestant], peer: Peer, threads: int
+) -> dict[str, float]:
+    """KL of each build to the checkpoint in float32, nats a token."""
     from llama_cpp_accuracy import GgufBuild
+    from streamed_reference import StreamedReference
 
+    from corral.model.checkpoint import open_checkpoint
     from corral.validate.accuracy import measure_accuracy
     from corral.validate.build import Build, open_build
 
-    reference = open_build(Path(checkpoint), provider="cpu", threads=threads)
-    model = reference.config
-    size = min(512, model.attention_chunk_size or 512) - 1
-    windows = np.random.default_rng(2).integers(0, model.vocab_size, (KL_WINDOWS, size)).tolist()
+    opened = open_checkpoint(checkpoint)
+    windows = windows_of(opened, shape.text)
+    reference: Any = StreamedReference(opened, windows)
     builds: list[Build] = []
     for one in contestants:
         if one.is_ours:
             builds.append(open_build(one.model, provider="cpu", threads=threads))
         else:
             gguf = Gguf(peer, one.model, threads=threads, context=512)
-            builds.append(GgufBuild(one.name, one.model, gguf, model))
+            builds.append(GgufBuild(one.name, one.model, gguf, opened.config))
     _, found = measure_accuracy(reference, builds, windows)
     return {one.name: accuracy.kl.mean for one, accuracy in zip(contestants, found, strict=True)}
 
@@ -199,14 +201,19 @@ def measure(
 ) -> dict[str, list[dict[str, float]]]:
     """Samples of every contestant: tokens a second, and the share of the roofline where one token is decoded at a time."""
     found: dict[str, list[dict[str, float]]] = {one.name: [] for one in contestants}
+    runs, slowest = 1, 0.0
     for turn in range(1 + repeats):  # the first round only warms up
         for one in contestants[:: 1 if turn % 2 else -1]:
             before = bandwidth()
-            rate = tokens_per_second(test, workers[one.name].run(test))
+            results = [workers[one.name].run(test) for _ in range(runs)]
             after = bandwidth()
+            rate = statistics.median(tokens_per_second(test, result) for result in results)
+            slowest = max(slowest, *(result.prefill + result.decode for result in results))
             if turn:
                 share = rate * one.token_bytes / ((before + after) / 2) if test.sequences == 1 < test.tokens else 0.0
                 found[one.name].append({"rate": rate, "share": share, "before": before, "after": after})
+        if not turn and test.rounds == 1:
+            runs = min(max(1, round(SAMPLE_SECONDS / slowest)), MOST_RUNS)
     return found
 
 

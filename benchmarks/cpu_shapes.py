@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from llama_cpp_peer import Peer
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from corral.graphs import compile
 from corral.graphs.quantize.rtn import rtn
@@ -49,12 +50,14 @@ class Shape:
     checkpoint: str
     group_size: int
     method: str
+    text: Path | None = None  # on which KL is measured; without: on random tokens, which mean as much to random weights
 
 
+DEMO = Path(__file__).parents[1] / "demo/demo-scout"
 SHAPES = {
     "wide": Shape("synthetic:scout?layers=4", 64, "rtn-mse"),
     "half": Shape("", 64, "rtn-mse"),  # written into the benchmark's directory
-    "demo": Shape(str(Path(__file__).parents[1] / "demo/demo-scout"), 128, "gptq"),
+    "demo": Shape(str(DEMO), 128, "gptq", DEMO / "heldout.txt"),
 }
 # Ours -> GGUF's, with whatever comes before and after kept apart: "layers.3." becomes "blk.3.".
 GGUF_NAMES = {
@@ -78,6 +81,7 @@ GGUF_NAMES = {
 }
 IN_FLOAT32 = ("norm", "ffn_gate_inp")  # what llama.cpp keeps in float32 whatever the file type
 SAME_VALUES, SAME_GROUP = "same-values", 32  # Q4_0 with corral's own codes and scales; its groups
+KL_TOKENS = 2048
 BLOCK_BYTES = {"F32": 128, "BF16": 64, "Q4_0": 18}  # of 32 numbers in a GGUF file
 
 
@@ -104,6 +108,20 @@ def bundle_of(checkpoint: str, directory: Path, kernels: str, group_size: int, m
     if not (out / "manifest.json").exists():
         compile(checkpoint, out, Recipe(weights="int4", group_size=group_size, kernels=kernels, method=method))
     return out
+
+
+def windows_of(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
+    """Token ids of some windows, each within a chunk that llama.cpp has, too."""
+    model = checkpoint.config
+    size = min(512, model.attention_chunk_size or 512) - 1
+    count = KL_TOKENS // size
+    if text is None:
+        ids = np.random.default_rng(2).integers(0, model.vocab_size, count * size).tolist()
+    else:
+        tokenizer = checkpoint.tokenizer()
+        assert tokenizer is not None
+        ids = Tokenizer.from_buffer(tokenizer).encode(text.read_text(), add_special_tokens=False).ids[: count * size]
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def demo_bundle(work: Path) -> Path:

@@ -68,6 +68,7 @@ def table(results: Mapping[str, Result]) -> str:
             continue
         rows.append([f"{name}, tokens/s", *(_rate(result, test) for result in results.values())])
     rows.append(["decode, of what memory allows", *(_rooflines(result) for result in results.values())])
+    rows.append(["KL from float32, nats a token", *(_divergences(result) for result in results.values())])
     rows.append(["anonymous memory, MB", *(_pair(result, _anonymous) for result in results.values())])
     rows.append(["process to second token, s", *(_pair(result, _cold) for result in results.values())])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -83,7 +84,11 @@ def details(shape: str, result: Result) -> str:
             low, high = found[name]["range"]
             cells.append(f"{_number(found[name]['tokens_per_second'])} ({_number(low)} to {_number(high)})")
         rows.append([TESTS.get(test, test), *cells, f"{result['ratio'][test]:.2f}"])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    if "kl" in result:
+        kl = ", ".join(f"{name} {divergence:.3f}" for name, divergence in result["kl"].items())
+        text += f"\nKL from the checkpoint in float32, nats a token: {kl}.\n"
+    return text
 
 
 def _rate(result: Result, test: str) -> str:
@@ -97,6 +102,13 @@ def _rate(result: Result, test: str) -> str:
 def _rooflines(result: Result) -> str:
     shares = {name: one["roofline"] for name, one in result["tests"]["decode at 16"].items()}
     return f"{shares[OURS]:.0%} / {max(share for name, share in shares.items() if _is_theirs(name)):.0%}"
+
+
+def _divergences(result: Result) -> str:
+    if "kl" not in result:
+        return ""
+    theirs = (f"{kl:.3f} {name.split()[1]}" for name, kl in result["kl"].items() if _is_theirs(name))
+    return f"{result['kl'][OURS]:.3f} / {', '.join(theirs)}"
 
 
 def _pair(result: Result, of: Any) -> str:

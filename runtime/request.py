@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -42,12 +43,16 @@ class Request:
         self._decoder, self._stops = decoder, StopStrings(params.stop)
         self._at_end = not in_pieces and not params.stop
         self.only_largest = params.only_largest
-        self.generator = np.random.default_rng(params.seed)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._reported = 0  # output tokens that are in a piece
         self._started = time.perf_counter()
         self._arrivals: list[float] = []  # of each token, in seconds since then
+
+    @cached_property
+    def generator(self) -> np.random.Generator:
+        """Of the request's random draws; greedy ones never ask for it, and are spared numpy's module for it."""
+        return np.random.default_rng(self.params.seed)
 
     @property
     def prefilled(self) -> bool:
