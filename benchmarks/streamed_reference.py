@@ -22,12 +22,8 @@ class StreamedReference:
         model, ids = StreamedModel(checkpoint), np.asarray(windows)
         hidden = np.empty((*ids.shape, self.config.hidden_size), np.float32)
         model.embed(ids, hidden)
-        between = np.empty_like(hidden)
-        for layer in range(self.config.num_layers):
-            after = np.empty_like(hidden)
-            model.run_layer(layer, hidden, between, after)
-            hidden = after
-        self._final = {tuple(window): model.norm(rows) for window, rows in zip(windows, hidden, strict=True)}
+        behind = model.run_layers(hidden, 0, self.config.num_layers)
+        self._final = {tuple(window): model.norm(rows) for window, rows in zip(windows, behind, strict=True)}
         self._head = model.head()
 
     @torch.no_grad()

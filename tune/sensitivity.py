@@ -41,7 +41,7 @@ class Meter:
         self._head = self._model.head()
         self._embedded = self._embed(self._model)
         self._reached = 0, self._embedded  # a layer, and what it reads
-        self._final = self._model.norm(_rows(self._run(self._model, self._embedded, 0, self._layers)))
+        self._final = self._model.norm(_rows(self._model.run_layers(self._embedded, 0, self._layers)))
 
     def divergence(self, chosen: Mapping[Part, Choice]) -> float:
         """Mean KL(model ‖ model with these parts stored so), in nats a token."""
@@ -60,7 +60,7 @@ class Meter:
         model = StreamedModel(self.checkpoint, change)
         first = max(min(part.layer for part in chosen), 0)
         before = self._embed(model) if any(part.is_table for part in chosen) else self._before(first)
-        final = model.norm(_rows(self._run(model, before, first, self._layers)))
+        final = model.norm(_rows(model.run_layers(before, first, self._layers)))
         return self._kl(final, model.head() if HEAD in choices else self._head)
 
     def _embed(self, model: StreamedModel) -> Hidden:
@@ -71,17 +71,8 @@ class Meter:
     def _before(self, layer: int) -> Hidden:
         """What a layer reads. Kept for the next call, which is for the same layer or one behind it if calls are in order."""
         reached, hidden = self._reached if self._reached[0] <= layer else (0, self._embedded)
-        self._reached = layer, self._run(self._model, hidden, reached, layer)
+        self._reached = layer, self._model.run_layers(hidden, reached, layer)
         return self._reached[1]
-
-    def _run(self, model: StreamedModel, hidden: Hidden, first: int, stop: int) -> Hidden:
-        """Hidden states [windows, window, H] behind layers `first` to `stop` - 1."""
-        between = np.empty_like(hidden)
-        for i in range(first, stop):
-            after = np.empty_like(hidden)
-            model.run_layer(i, hidden, between, after)
-            hidden = after
-        return hidden
 
     @torch.no_grad()
     def _kl(self, final: Tensor, head: Tensor) -> float:

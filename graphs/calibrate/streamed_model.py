@@ -68,6 +68,15 @@ class StreamedModel:
                   read_expert=self._matrix, save=save, products=products, progress=progress)  # fmt: skip
         layer.to("meta")
 
+    def run_layers(self, hidden: Hidden, first: int, stop: int) -> Hidden:
+        """Hidden states [windows, window, H] behind layers `first` to `stop` - 1, of what layer `first` reads."""
+        between = np.empty_like(hidden)
+        for i in range(first, stop):
+            after = np.empty_like(hidden)
+            self.run_layer(i, hidden, between, after)
+            hidden = after
+        return hidden
+
     @torch.no_grad()
     def norm(self, rows: NDArray[np.float32]) -> Tensor:
         """What the head reads of hidden states [tokens, H] behind the last layer."""

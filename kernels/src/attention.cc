@@ -11,7 +11,7 @@ namespace {
 
 // Partials of so many floats are kept at a time, few enough for a cache: a prompt is gone through in slabs.
 constexpr int64_t kPartialFloats = 256 << 10;
-constexpr int64_t kLine = 64, kFetchedBytes = 256 << 10;  // of a cache that holds other things, too
+constexpr int64_t kFetchedBytes = 256 << 10;  // of a cache that holds other things, too
 
 // One call. The queries of a kv head are kept together, token by token: [batch, kv_heads, tokens * group, dim].
 class Call {
@@ -75,7 +75,7 @@ class Call {
   };
 
   static int64_t fetch(const uint8_t* from, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
+    for (int64_t at = 0; at < bytes; at += Scratch::kLine) __builtin_prefetch(from + at, 0, 2);
     return bytes;
   }
 

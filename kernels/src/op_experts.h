@@ -92,7 +92,7 @@ class Experts {
     });
   }
 
-  // An expert that was visited a second ago or less is taken to be in memory still: to ask takes microseconds.
+  // An expert that was visited less than two seconds ago is taken to be in memory still: to ask takes microseconds.
   void read_ahead_chosen(const std::vector<Visit>& visits) const {
     const int64_t now = seconds();
     for (const Visit& visit : visits) {
